@@ -1,0 +1,20 @@
+"""Compression methods for language models, and the vocabulary they share.
+
+`import methods` also makes compressed checkpoints loadable: `AutoModelForCausalLM.from_pretrained(directory)`. It costs
+nothing until transformers is imported.
+"""
+
+import importlib
+
+import wrapt
+
+# One line per method: importing a method's module registers it.
+from methods import dense, shortgpt, slicegpt
+from methods.registry import configure, get, names, register
+
+__all__ = ["configure", "dense", "get", "names", "register", "shortgpt", "slicegpt"]
+
+
+@wrapt.when_imported("transformers")
+def _register_auto_classes(module: object) -> None:
+    importlib.import_module("methods.modeling.compressed").register_auto_classes()

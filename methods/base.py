@@ -1,0 +1,161 @@
+"""What a compression method is: the `Method` interface, and what it is given (budget, calibration, context)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from methods.errors import UserError
+from methods.modeling.shape import DecoderShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+DEFAULT_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The size a method will reach, known from shapes alone."""
+
+    active_total: int
+    """Parameters of the compressed model that a token's forward pass uses, embeddings and head included."""
+    active_block: int
+    """The part of them inside decoder blocks."""
+    grid_step: float = 0.0
+    """The method's smallest size step, as a share of the dense model in the asked basis (0: continuous)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The asked share of active parameters."""
+
+    ratio: float
+    """Active parameters of the compressed model / parameters of the dense one, in (0, 1]."""
+    basis: Literal["total", "block"] = "total"
+    """Count everything, or decoder blocks only."""
+    tolerance: float | None = None
+    """Largest accepted difference from `ratio`; None means 0.01 or one step of the method's grid."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise UserError(f"ratio {self.ratio} is outside (0, 1]. It is the share that stays: type --ratios 0.5")
+
+    def dense(self, shape: DecoderShape) -> int:
+        """Parameters of the dense model in the asked basis."""
+        return shape.total if self.basis == "total" else shape.block
+
+    def achieved(self, active_total: int, active_block: int, shape: DecoderShape) -> float:
+        """The ratio that a pair of counts amounts to in the asked basis."""
+        return (active_total if self.basis == "total" else active_block) / self.dense(shape)
+
+    def accepts(self, achieved: float, grid_step: float = 0.0) -> bool:
+        """Whether an achieved ratio is on budget."""
+        tolerance = max(DEFAULT_TOLERANCE, grid_step) if self.tolerance is None else self.tolerance
+        return abs(achieved - self.ratio) <= tolerance + 1e-12
+
+    def require(self, method: str, prediction: Prediction, shape: DecoderShape, neighbours: Iterable[float]) -> None:
+        """Reject a ratio that the method's nearest size misses.
+
+        Args:
+            neighbours: the ratios the method can reach nearest to the asked one, for the message.
+        """
+        achieved = self.achieved(prediction.active_total, prediction.active_block, shape)
+        if self.accepts(achieved, prediction.grid_step):
+            return
+        near = sorted({round(ratio, 4) for ratio in neighbours})
+        raise UserError(
+            f"ratio {self.ratio:g} is not reachable for {method}: the nearest sizes it can make keep "
+            f"{' or '.join(f'{ratio:.4f}' for ratio in near)} of the {self.basis} parameters. Use --ratios "
+            f"{' '.join(f'{ratio:g}' for ratio in near)}, or --ratio-tolerance "
+            f"{abs(achieved - self.ratio) + 0.0005:.3f} to accept the nearest."
+        )
+
+
+class Batch(NamedTuple):
+    """One batch of calibration text."""
+
+    input_ids: Tensor
+    """Token ids, int64, shape [B, T]."""
+    mask: Tensor | None
+    """True where a token is real, shape [B, T]; None when nothing is padding."""
+
+
+@runtime_checkable
+class Calibration(Protocol):
+    """A named, hashed, seeded sample of text, the same for every method of a run. Never test data."""
+
+    name: str
+    sha256: str
+    samples: int
+    window: int
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The sample in batches of at most `size` windows, always in the same order."""
+        ...
+
+
+class Progress(Protocol):
+    """Somewhere to show that long work advances."""
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Pass `items` through, showing rate and time left."""
+        ...
+
+
+class Silent:
+    """Progress that shows nothing."""
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Pass `items` through."""
+        yield from items
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Where and how a method runs."""
+
+    device: str = "cpu"
+    seed: int = 0
+    scratch: Path
+    """A folder that survives a kill, for the checkpoints of methods that train."""
+    progress: Progress = field(default_factory=Silent)
+
+
+class Method(ABC):
+    """A way to compress a model: a frozen dataclass whose fields are its hyperparameters."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """As papers write it."""
+    reference: ClassVar[str]
+    """Link to the paper."""
+    family: ClassVar[Literal["dense", "depth", "width", "semi-structured", "moe"]]
+
+    def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
+        """The size this method will reach, from shapes alone and without torch; None when only running it tells.
+
+        Raises:
+            UserError: no size this method can make is within the budget's tolerance.
+        """
+        return None
+
+    @abstractmethod
+    def compress(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        budget: Budget,
+        calibration: Calibration,
+        context: Context,
+    ) -> PreTrainedModel:
+        """The compressed model. May use up `model`; at ratio 1 it is `model`, unchanged.
+
+        Raises:
+            UserError: the model, the ratio or the calibration does not suit this method.
+        """

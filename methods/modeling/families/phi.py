@@ -1,0 +1,51 @@
+"""Phi-1, 1.5 and 2: parallel attention and plain MLP behind one LayerNorm, biases everywhere, partial rotary."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from methods.errors import UserError
+from methods.modeling.families.base import Family, head_widths, required
+from methods.modeling.shape import DecoderShape
+
+
+def shape(config: Mapping[str, Any]) -> DecoderShape:
+    """The shape a Phi config describes."""
+    if config.get("qk_layernorm"):
+        raise UserError("Phi models with qk_layernorm are not supported; phi-1, phi-1.5 and phi-2 do not use it.")
+    vocabulary, hidden, layers, mlp_width, max_positions = required(
+        config, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"
+    )
+    attention_width, kv_width = head_widths(config)
+    return DecoderShape(
+        vocabulary=vocabulary,
+        hidden=hidden,
+        layers=layers,
+        attention_width=attention_width,
+        kv_width=kv_width,
+        mlp_width=mlp_width,
+        gated=False,
+        parallel=True,
+        layer_norm=True,
+        tied=config.get("tie_word_embeddings", False),
+        max_positions=max_positions,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+    )
+
+
+PHI = Family(
+    model_type="phi",
+    shape=shape,
+    embeddings=("model.embed_tokens",),
+    layers="model.layers",
+    final_norm="model.final_layernorm",
+    attention_norm="input_layernorm",
+    mlp_norm=None,
+    output="self_attn.dense",
+    gate=None,
+    up="mlp.fc1",
+    down="mlp.fc2",
+    activation="mlp.activation_fn",
+)

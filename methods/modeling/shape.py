@@ -1,0 +1,84 @@
+"""The shape of a dense decoder, read from its `config.json` alone: what planning needs to count parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """Sizes of a decoder-only transformer, in elements. Everything countable follows from them."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    attention_width: int
+    """Query heads times head dimension."""
+    kv_width: int
+    """Key (and value) heads times head dimension."""
+    mlp_width: int
+    gated: bool
+    """Whether the MLP has a gate projection beside the up projection."""
+    parallel: bool
+    """Whether attention and MLP read the same norm and add to the stream together (one norm per block)."""
+    layer_norm: bool
+    """LayerNorm (gain and shift) rather than RMSNorm (gain)."""
+    tied: bool
+    """Whether the output head is the embedding table."""
+    max_positions: int
+    learned_positions: int = 0
+    """Rows of a learned position table."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = False
+    head_bias: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DecoderShape:
+        """The shape that a `config.json` describes.
+
+        Raises:
+            UserError: the architecture is not supported; the message names the ones that are.
+        """
+        from methods.modeling.families import family_of
+
+        return family_of(config["model_type"]).shape(config)
+
+    @property
+    def norm(self) -> int:
+        """Parameters of one norm."""
+        return self.hidden * (1 + self.layer_norm)
+
+    @property
+    def attention(self) -> int:
+        """Parameters of one attention module."""
+        qkv = self.attention_width + 2 * self.kv_width
+        biases = qkv * self.qkv_bias + self.hidden * self.output_bias
+        return (qkv + self.attention_width) * self.hidden + biases
+
+    @property
+    def mlp(self) -> int:
+        """Parameters of one MLP."""
+        projections = 3 if self.gated else 2
+        biases = ((projections - 1) * self.mlp_width + self.hidden) * self.mlp_bias
+        return projections * self.mlp_width * self.hidden + biases
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one block, its norms included."""
+        return self.attention + self.mlp + self.norm * (1 if self.parallel else 2)
+
+    @property
+    def block(self) -> int:
+        """Parameters of all blocks: the denominator of `--ratio-basis block`."""
+        return self.layers * self.layer
+
+    @property
+    def total(self) -> int:
+        """All parameters, tied matrices once: the denominator of `--ratio-basis total`."""
+        embeddings = (self.vocabulary + self.learned_positions) * self.hidden
+        head = (0 if self.tied else self.vocabulary * self.hidden) + self.vocabulary * self.head_bias
+        return embeddings + self.block + self.norm + head

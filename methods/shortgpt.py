@@ -1,0 +1,166 @@
+"""ShortGPT: remove whole blocks, those that change the residual stream least.
+
+Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+https://arxiv.org/abs/2403.03853. With h_i the output of block i (h_0 the embeddings), Block Influence is
+
+    BI_i = 1 - mean over tokens of cos(h_{i-1}, h_i)
+
+from one pass of the dense model; the k blocks of lowest influence go at once. `metric=angular` is the variant of
+Gromov et al., https://arxiv.org/abs/2403.17887: the run of k consecutive blocks l+1..l+k with the smallest
+
+    d(l, k) = mean over windows of arccos(cos(h_l, h_{l+k})) / pi      at each window's last token.
+
+Removing blocks is the only thing that happens, so the result loads in stock transformers.
+
+Departs from the papers: the calibration is the run's own instead of PG19 (`matched` comparison); ties go to the deeper
+block. The cosine is blind to scale: a block that only multiplies the stream has influence 0.
+"""
+
+# Shape suffixes: B batch, T tokens, D hidden size, N windows seen, L blocks.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from methods import modeling
+from methods.base import Batch, Budget, Calibration, Context, Method, Prediction
+from methods.errors import UserError
+from methods.lazy import torch
+from methods.modeling.shape import DecoderShape
+from methods.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from methods.modeling import Decoder
+
+BATCH_SIZE = 8
+
+
+@register("shortgpt", title="ShortGPT", reference="https://arxiv.org/abs/2403.03853", family="depth")
+@dataclass(frozen=True, kw_only=True)
+class ShortGPT(Method):
+    """Remove whole blocks, least influential first."""
+
+    metric: Literal["block_influence", "angular"] = "block_influence"
+    """Any k blocks by Block Influence, or the k consecutive blocks of least angular distance."""
+
+    def predict(self, shape: DecoderShape, budget: Budget) -> Prediction:
+        """Blocks go whole: the size on the grid that is nearest to the ratio."""
+        prediction = _size(shape, blocks_to_remove(shape, budget), budget)
+        fewer = math.floor((1 - budget.ratio) * budget.dense(shape) / shape.layer)
+        near = [_size(shape, min(k, shape.layers - 1), budget) for k in (fewer, fewer + 1)]
+        ratios = [budget.achieved(size.active_total, size.active_block, shape) for size in near]
+        budget.require(self.name, prediction, shape, ratios)
+        return prediction
+
+    def compress(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        budget: Budget,
+        calibration: Calibration,
+        context: Context,
+    ) -> PreTrainedModel:
+        """Score the blocks of `model` in one pass and remove as many as the budget asks, in place."""
+        if budget.ratio == 1:
+            return model
+        decoder = modeling.Decoder(model)
+        self.predict(decoder.shape, budget)
+        count = blocks_to_remove(decoder.shape, budget)
+        batches = context.progress.track(
+            calibration.batches(BATCH_SIZE), "block influence", math.ceil(calibration.samples / BATCH_SIZE)
+        )
+        if self.metric == "block_influence":
+            removed = least_influential(block_influence(decoder, batches), count)
+        else:
+            removed = nearest_run(last_token_states(decoder, batches), count)
+        return modeling.keep_layers(model, [i for i in range(decoder.shape.layers) if i not in removed])
+
+
+def blocks_to_remove(shape: DecoderShape, budget: Budget) -> int:
+    """The number of blocks whose removal comes nearest to the budget; at least one block stays."""
+    surplus = (1 - budget.ratio) * budget.dense(shape)
+    return min(round(surplus / shape.layer), shape.layers - 1)
+
+
+def _size(shape: DecoderShape, removed: int, budget: Budget) -> Prediction:
+    gone = removed * shape.layer
+    step = shape.layer / budget.dense(shape)
+    return Prediction(active_total=shape.total - gone, active_block=shape.block - gone, grid_step=step)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine along the last axis, shape [..., D] to [...], in at least fp32 and clamped to [-1, 1]."""
+    x, y = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (x, y))
+    return torch.nn.functional.cosine_similarity(x, y, dim=-1).clamp(-1, 1)
+
+
+def block_influence(decoder: Decoder, batches: Iterable[Batch]) -> list[float]:
+    """BI of every block (the paper's definition, in [0, 2]) over the real tokens of all batches, shape [L]."""
+    total = torch.zeros(len(decoder.layers), dtype=torch.float64)
+    tokens = 0
+    with torch.no_grad():
+        for batch in batches:
+            mask_BT = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask.bool()
+
+            def see(index: int, x_BTD: Tensor, y_BTD: Tensor, mask_BT: Tensor = mask_BT) -> None:
+                total[index] += cosine(x_BTD, y_BTD)[mask_BT.to(x_BTD.device)].sum().item()
+
+            with modeling.watch_layers(decoder, see):
+                _forward(decoder, batch)
+            tokens += int(mask_BT.sum())
+    if tokens == 0:
+        raise UserError(
+            "the calibration text is empty: nothing to measure block influence on. Use another --calibration."
+        )
+    return (1 - total / tokens).tolist()
+
+
+def last_token_states(decoder: Decoder, batches: Iterable[Batch]) -> Tensor:
+    """The residual stream before the first and after every block, at each window's last real token: [L + 1, N, D]."""
+    states: list[list[Tensor]] = [[] for _ in range(len(decoder.layers) + 1)]
+    with torch.no_grad():
+        for batch in batches:
+            if batch.mask is None:
+                last_B = torch.full((len(batch.input_ids),), batch.input_ids.shape[1] - 1)
+            else:
+                positions = torch.arange(batch.input_ids.shape[1])
+                last_B = torch.where(batch.mask.bool().cpu(), positions, -1).amax(1)
+
+            def see(index: int, x_BTD: Tensor, y_BTD: Tensor, last_B: Tensor = last_B) -> None:
+                rows = torch.arange(len(x_BTD))
+                if index == 0:
+                    states[0].append(x_BTD[rows, last_B].cpu())
+                states[index + 1].append(y_BTD[rows, last_B].cpu())
+
+            with modeling.watch_layers(decoder, see):
+                _forward(decoder, batch)
+    return torch.stack([torch.cat(windows) for windows in states])
+
+
+def _forward(decoder: Decoder, batch: Batch) -> None:
+    device = decoder.model.device
+    mask = None if batch.mask is None else batch.mask.to(device)
+    decoder.model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False, logits_to_keep=1)
+
+
+def least_influential(influence: Sequence[float], count: int) -> set[int]:
+    """The `count` blocks of lowest influence, deeper ones first among equals."""
+    return set(sorted(range(len(influence)), key=lambda index: (influence[index], -index))[:count])
+
+
+def angular_distance(states_LND: Tensor, start: int, count: int) -> float:
+    """d(start, count): from the stream after `start` blocks to the stream `count` blocks later, in [0, 1]."""
+    return (cosine(states_LND[start], states_LND[start + count]).arccos() / math.pi).mean().item()
+
+
+def nearest_run(states_LND: Tensor, count: int) -> set[int]:
+    """The `count` consecutive blocks of least angular distance, the deeper run among equals."""
+    starts = range(len(states_LND) - count)
+    best = min(starts, key=lambda start: (angular_distance(states_LND, start, count), -start))
+    return set(range(best, best + count))

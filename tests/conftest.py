@@ -1,0 +1,5 @@
+"""Shared fixtures: tiny random models of every family, and calibration text for them."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,109 @@
+"""Compressed checkpoints: saved, loaded in a fresh process, generated from; safetensors only; newer schemas refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from methods import modeling
+from methods.base import Context
+from methods.errors import UserError
+from methods.modeling.footprint import footprint
+from methods.modeling.structures.record import structures_of
+from methods.slicegpt import SliceGPT
+from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, RandomCalibration, logits, some_ids, tiny_model
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def sliced(name: str, tmp_path: Path, **changes) -> PreTrainedModel:
+    model = tiny_model(name, dtype=torch.float32, **changes)
+    return SliceGPT().slice(model, 24, RandomCalibration(), Context(scratch=tmp_path))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_save_and_load_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    model = sliced(name, tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert logits(loaded).equal(logits(model))
+    assert footprint(loaded) == footprint(model)
+    assert loaded.lm_head.weight is not modeling.Decoder(loaded).embeddings[0].weight
+    weights = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert weights == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_loads_in_a_fresh_process(name: str, tmp_path: Path) -> None:
+    model = sliced(name, tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    save_file({"ids": some_ids(), "logits": logits(model)}, tmp_path / "expected.safetensors")
+    script = (
+        "import sys, methods, torch; from safetensors.torch import load_file\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "expected = load_file(sys.argv[2]); model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "assert model(input_ids=expected['ids']).logits.equal(expected['logits'])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "saved"), str(tmp_path / "expected.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_with_cache_equals_without(name: str, tmp_path: Path) -> None:
+    model = sliced(name, tmp_path)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ids = some_ids(1, 6)
+    assert model.generate(ids, use_cache=True, **settings).equal(model.generate(ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_hidden_states_are_recorded_in_the_sliced_width(name: str, tmp_path: Path) -> None:
+    states = sliced(name, tmp_path)(input_ids=some_ids(), output_hidden_states=True).hidden_states
+    assert [state.shape[-1] for state in states] == [24, 24, 24, 24, 32]
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_structures_compose(name: str, tmp_path: Path) -> None:
+    """Removing a block of a sliced model, and slicing what block removal left, both round-trip."""
+    narrow_then_short = modeling.keep_layers(sliced(name, tmp_path), [0, 2, 3])
+    short = modeling.keep_layers(tiny_model(name, dtype=torch.float32), [0, 2, 3])
+    short_then_narrow = SliceGPT().slice(short, 24, RandomCalibration(), Context(scratch=tmp_path))
+    for number, model in enumerate((narrow_then_short, short_then_narrow)):
+        assert set(structures_of(model.config)) == {"rotated_residual", "removed_layers"}
+        model.save_pretrained(tmp_path / str(number))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert logits(loaded).equal(logits(model))
+
+
+def test_bf16_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:
+    model = tiny_model("llama-tied", dtype=torch.bfloat16)
+    compressed = SliceGPT().slice(model, 24, RandomCalibration(), Context(scratch=tmp_path))
+    compressed.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert compressed.dtype == loaded.dtype == torch.bfloat16
+    assert logits(loaded).equal(logits(compressed))
+
+
+def test_newer_schema_is_refused(tmp_path: Path) -> None:
+    sliced("llama-gqa", tmp_path).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    config["compression"]["schema"] = 99
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="schema 99.*reads up to 1. Upgrade"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("order", ["import methods, transformers", "import transformers, methods"])
+def test_auto_classes_know_the_models_in_either_import_order(order: str, tmp_path: Path) -> None:
+    sliced("phi", tmp_path).save_pretrained(tmp_path / "saved")
+    script = f"{order}; print(type(transformers.AutoConfig.from_pretrained({str(tmp_path / 'saved')!r})).__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout.strip() == "CompressedPhiConfig", result.stderr
+    assert AutoConfig.for_model("tomoe_bench_phi").model_type == "tomoe_bench_phi"
