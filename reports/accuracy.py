@@ -1,0 +1,81 @@
+"""The zero-shot table, like the paper's Table 3, and its few-shot sibling: a row per model, ratio and method."""
+
+from collections.abc import Sequence
+
+from reports.comparison import IDENTITY, Measured, MetricName, identity, metric_names, pooled_cell
+from reports.results import Result
+from reports.tables import UNLIKE, Cell, Column, Table, legend
+
+QUANTITIES = ("acc_norm", "acc")
+"""What a task is judged by: the first that it has."""
+
+CAPTION = (
+    "Right answers in per cent ± their standard error, by task and its metric; asked and counted share of active "
+    "parameters in per cent."
+)
+
+
+def zero_shot_table(results: Sequence[Result]) -> Table | None:
+    """Tasks without examples in the prompt; None where none was measured."""
+    names = [name for name in judged(results) if name.protocol == "0shot"]
+    return _table(results, names, "zero-shot", "Zero-shot tasks")
+
+
+def few_shot_table(results: Sequence[Result]) -> Table | None:
+    """Tasks with examples in the prompt; None where none was measured."""
+    names = [name for name in judged(results) if name.protocol != "0shot"]
+    return _table(results, names, "few-shot", "Few-shot tasks")
+
+
+def judged(results: Sequence[Result]) -> list[MetricName]:
+    """The metric each task is judged by; parts of a group, like `mmlu_anatomy` of `mmlu`, stay in the records."""
+    names = {name for name in metric_names(results) if name.quantity in QUANTITIES and name.protocol.endswith("shot")}
+    best = {name for name in names if not any(_preferred(other, name) for other in names)}
+    tasks = {name.source for name in best}
+    whole = [name for name in best if not any(name.source.startswith(f"{task}_") for task in tasks)]
+    return sorted(whole, key=str)
+
+
+def _preferred(other: MetricName, name: MetricName) -> bool:
+    same_task = (other.source, other.protocol) == (name.source, name.protocol)
+    return same_task and QUANTITIES.index(other.quantity) < QUANTITIES.index(name.quantity)
+
+
+def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: str, title: str) -> Table | None:
+    measured = [result for result in results if any(result.metric(str(name)) for name in names)]
+    if not measured:
+        return None
+    tasks = [Measured(str(name), measured) for name in names]
+    rows = tuple(_row(result, tasks) for result in measured)
+    return Table(
+        name=file_name,
+        title=title,
+        caption=CAPTION,
+        columns=_columns(names),
+        rows=rows,
+        notes=(
+            *legend(rows),
+            *(difference for task in tasks for difference in task.differences()),
+            f"Documents: {'; '.join(f'{task.name} {task.count()}' for task in tasks)}.",
+        ),
+    )
+
+
+def _columns(names: Sequence[MetricName]) -> tuple[Column, ...]:
+    average = [Column("Average")] if len(names) > 1 else []
+    return *IDENTITY, *(Column(_label(name), name.source) for name in names), *average
+
+
+def _label(name: MetricName) -> str:
+    shots = name.protocol.removesuffix("shot")
+    return name.quantity if shots == "0" else f"{name.quantity}, {shots} shots"
+
+
+def _row(result: Result, tasks: Sequence[Measured]) -> tuple[Cell, ...]:
+    unlike = any(task.unlike(result) for task in tasks)
+    average = pooled_cell(result.average([task.name for task in tasks]), 100, UNLIKE if unlike else "")
+    return (
+        *identity(result),
+        *(task.cell(result, 100) for task in tasks),
+        *([average] if len(tasks) > 1 else []),
+    )

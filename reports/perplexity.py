@@ -1,0 +1,76 @@
+"""The perplexity table, like the paper's Table 1: a row per method, a column per text, window and ratio."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse
+from reports.results import Result, by_model
+from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
+
+Slot = tuple[MetricName, float]
+"""A column: a text and window, and a ratio."""
+
+CAPTION = (
+    "Token perplexity (lower is better) ± its standard error, by text, window in tokens and asked share of active "
+    "parameters; a counted share that differs from the asked one is given in brackets."
+)
+
+
+def perplexity_table(results: Sequence[Result]) -> Table | None:
+    """The table of every `token_ppl` metric, None where there is none. Windows are compared within a model."""
+    names = [name for name in metric_names(results) if name.quantity == "token_ppl"]
+    groups = by_model([result for result in results if any(result.metric(str(name)) for name in names)])
+    if not groups:
+        return None
+    slots = _slots(names, groups)
+    compared = [[Measured(str(name), group) for name in names] for group in groups]
+    rows = tuple(row for group, metrics in zip(groups, compared, strict=True) for row in _rows(group, metrics, slots))
+    flat = [metric for metrics in compared for metric in metrics]
+    return Table(
+        name="perplexity",
+        title="Perplexity",
+        caption=CAPTION,
+        columns=(
+            Column("Model", text=True),
+            Column("Method", text=True),
+            *(Column(f"{percent(ratio):g} %", f"{name.source} @{name.protocol}") for name, ratio in slots),
+        ),
+        rows=rows,
+        notes=(*legend(rows), *(text for metric in flat for text in metric.differences()), _windows(flat)),
+    )
+
+
+def _slots(names: Sequence[MetricName], groups: Sequence[Sequence[Result]]) -> list[Slot]:
+    """The columns: by rising window and falling ratio, those that any result has."""
+    results = [result for group in groups for result in group]
+    found = {(name, result.ratio) for name in names for result in results if result.metric(str(name))}
+    return sorted(found, key=lambda slot: (_window(slot[0]), names.index(slot[0]), -slot[1]))
+
+
+def _window(name: MetricName) -> int:
+    return int(name.protocol) if name.protocol.isdecimal() else 0
+
+
+def _rows(group: Sequence[Result], metrics: Sequence[Measured], slots: Sequence[Slot]) -> Iterator[tuple[Cell, ...]]:
+    """One row per method of a model; `metrics` are the model's."""
+    by_name = {metric.name: metric for metric in metrics}
+    found = {(result.method, result.ratio): result for result in group}
+    for method in dict.fromkeys(result.method for result in group):
+        at = ((by_name[str(name)], found.get((method, ratio))) for name, ratio in slots)
+        yield Cell(group[0].model), Cell(method), *(_cell(metric, result) for metric, result in at)
+
+
+def _cell(metric: Measured, result: Result | None) -> Cell:
+    if result is None or result.metric(metric.name) is None:
+        return Cell(None)
+    cell = metric.cell(result)
+    remarks = [remark for remark in (achieved_remark(result), cell.remark) if remark]
+    marks = cell.marks + ("" if result.on_budget else OFF_BUDGET)
+    return replace(cell, remark=", ".join(remarks), marks=marks)
+
+
+def _windows(metrics: Sequence[Measured]) -> str:
+    """How many windows each model's perplexities rest on."""
+    counts = [(metric.results[0].model, parse(metric.name), metric.count()) for metric in metrics]
+    found = [f"{model} {name.source} @{name.protocol}: {count}" for model, name, count in counts if count]
+    return f"Windows of {'; '.join(found)}."

@@ -1,0 +1,80 @@
+"""Writes the report: `report.md`, and every table in every format beside it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from reports.accuracy import few_shot_table, zero_shot_table
+from reports.cost import size_table, speed_table
+from reports.formats import FORMATS, MARKDOWN, markdown
+from reports.perplexity import perplexity_table
+from reports.records import Record, ReportError
+from reports.results import pool
+from reports.summary import cautions, facts
+from reports.tables import Cell, Column, Table, percent
+
+BUILDERS = (perplexity_table, zero_shot_table, few_shot_table, size_table, speed_table)
+
+
+def files(records: Sequence[Record]) -> dict[str, str]:
+    """The content of every file of the report, by name."""
+    results = pool(records)
+    tables = [table for build in BUILDERS if (table := build(results))]
+    unfinished = unfinished_table(records)
+    tables += [unfinished] if unfinished else []
+    report = MARKDOWN.get_template("report.md").render(
+        facts=facts(results),
+        cautions=list(cautions(results)),
+        tables=[(table, Markup(markdown(table))) for table in tables],
+        formats=list(FORMATS),
+        done=sum(record.status == "done" for record in records),
+    )
+    contents = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
+    return {"report.md": report} | contents
+
+
+def unfinished_table(records: Sequence[Record]) -> Table | None:
+    """The cells that failed or were skipped, and why; None where every cell is done."""
+    rows = tuple(_unfinished_row(record) for record in records if record.status != "done")
+    if not rows:
+        return None
+    labels = ("Model", "Method", "Asked, %", "Seed", "Status", "Why")
+    return Table(
+        name="unfinished",
+        title="Failed and skipped cells",
+        caption="In no other table. The command that started them tries them again and keeps what is finished.",
+        columns=tuple(Column(label, text=label not in ("Asked, %", "Seed")) for label in labels),
+        rows=rows,
+    )
+
+
+def _unfinished_row(record: Record) -> tuple[Cell, ...]:
+    cell = record.cell
+    ratio, why = Cell(percent(cell["ratio"])), Cell(record.error or "no reason recorded")
+    return Cell(cell["model"]), Cell(cell["method"]), ratio, Cell(cell["seed"]), Cell(record.status), why
+
+
+def write(contents: Mapping[str, str], out: Path) -> None:
+    """Write each file under a temporary name and rename it, so that none is ever half there.
+
+    Raises:
+        ReportError: `out` cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            _replace(out / name, content)
+    except OSError as error:
+        raise ReportError(f"The report cannot be written to {out}: {error}. Give --out another folder.") from error
+
+
+def _replace(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,186 @@
+"""Pools the records of several seeds into results: one per model, method, ratio and settings.
+
+results = pool(read_all(Path("results")))
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reports.records import Metric, Record
+from reports.tables import percent
+
+Settings = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One metric over the seeds of a result."""
+
+    value: float
+    """The measured value; the mean where there are several seeds."""
+    error: float | None
+    """One seed: its standard error. Several: the standard deviation over the seeds."""
+    seeds: int
+    """How many seeds were measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The records that differ in nothing but their seed."""
+
+    model: str
+    """Its name as on the command line."""
+    method: str
+    """Its name, followed by the settings that tell it from other runs of the same method on the same model."""
+    ratio: float
+    """The asked share of active parameters."""
+    achieved: float | None
+    """The counted share, in the asked basis; the mean over seeds. None: block basis without a dense record."""
+    dense: bool
+    """Whether this is the uncompressed model."""
+    records: tuple[Record, ...]
+    """One per seed."""
+
+    @property
+    def title(self) -> str:
+        """How a sentence names it."""
+        return f"{self.model} {self.method} at {percent(self.ratio):g} %"
+
+    @property
+    def on_budget(self) -> bool:
+        """Whether every seed met the asked ratio within its tolerance."""
+        return all(record.size["on_budget"] for record in self.records)
+
+    def metric(self, name: str) -> Pooled | None:
+        """The metric over the seeds that have it; None where none has."""
+        return self.average([name])
+
+    def average(self, names: Sequence[str]) -> Pooled | None:
+        """The mean of the metrics, taken per seed, over the seeds that have all of them; None where none has."""
+        has_all = (record for record in self.records if set(names) <= set(record.metrics))
+        whole = [[record.metrics[name] for name in names] for record in has_all]
+        if not whole:
+            return None
+        values = [statistics.fmean(metric.value for metric in metrics) for metrics in whole]
+        error = _mean_stderr(whole[0]) if len(whole) == 1 else statistics.stdev(values)
+        return Pooled(statistics.fmean(values), error, len(whole))
+
+    def size(self, key: str) -> float:
+        """A count of the record's `size`, the mean over seeds."""
+        return statistics.fmean(record.size[key] for record in self.records)
+
+    def conditions(self, name: str) -> frozenset[Settings]:
+        """What the metric was measured on: documents or windows, task and data versions. Several if seeds differ."""
+        return frozenset(_conditions(record, name) for record in self.records if name in record.metrics)
+
+
+def pool(records: Iterable[Record]) -> list[Result]:
+    """The finished records as results: smaller models first, dense before compressed, then by falling ratio."""
+    done = [record for record in records if record.status == "done"]
+    blocks = {record.cell["model"]: record.size["active_block"] for record in done if record.cell["method"] == "dense"}
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in done:
+        groups[(*(record.cell[key] for key in ("model", "method", "ratio")), settings_of(record))].append(record)
+    variants = _variants(groups)
+    results = [_result(key, group, variants, blocks) for key, group in groups.items()]
+    return sorted(results, key=lambda result: (*_model_order(result), not result.dense, -result.ratio, result.method))
+
+
+def _mean_stderr(metrics: Sequence[Metric]) -> float | None:
+    """The standard error of a mean of independent metrics."""
+    known = [metric.stderr for metric in metrics if metric.stderr is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(metrics) else None
+
+
+def by_model(results: Iterable[Result]) -> list[list[Result]]:
+    """The results of each model, in the order given."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.model].append(result)
+    return list(groups.values())
+
+
+def _result(
+    key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]], blocks: Mapping[str, int]
+) -> Result:
+    model, method, ratio, settings = key
+    told_apart_by = brief(settings, variants[model, method])
+    achieved = [_achieved(record, blocks) for record in group]
+    return Result(
+        model=model,
+        method=f"{method} ({told_apart_by})" if told_apart_by else method,
+        ratio=ratio,
+        achieved=None if None in achieved else statistics.fmean(share for share in achieved if share is not None),
+        dense=method == "dense",
+        records=tuple(group),
+    )
+
+
+def _model_order(result: Result) -> tuple[float, str]:
+    return result.size("dense_params"), result.model
+
+
+def _achieved(record: Record, blocks: Mapping[str, int]) -> float | None:
+    if record.cell["ratio_basis"] == "total":
+        return record.size["active_total"] / record.size["dense_params"]
+    dense = blocks.get(record.cell["model"])
+    return record.size["active_block"] / dense if dense else None
+
+
+def _variants(groups: Mapping[tuple[Any, ...], list[Record]]) -> dict[tuple[str, str], set[str]]:
+    """Per model and method, the names of the settings in which its runs differ."""
+    runs: dict[tuple[str, str], list[Settings]] = defaultdict(list)
+    for model, method, _, settings in groups:
+        runs[model, method].append(settings)
+    return {run: differing(settings) for run, settings in runs.items()}
+
+
+def differing(runs: Iterable[Settings]) -> set[str]:
+    """The names of the settings that do not have one value throughout `runs`."""
+    distinct = set(runs)
+    shared = set.intersection(*(set(settings) for settings in distinct)) if distinct else set()
+    return {name for settings in distinct for name, value in settings if (name, value) not in shared}
+
+
+def settings_of(record: Record) -> Settings:
+    """Everything but the seed that makes a cell's numbers differ from another's."""
+    kept = {key: record.cell[key] for key in ("ratio_basis", "calibration", "budget", "dtype")}
+    kept["model_revision"] = record.provenance.get("model_revision")
+    kept["method_config"] = record.cell["method_config"]
+    return _flat(kept)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Nested settings as sorted `(dotted name, text)` pairs."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        pairs += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", str(value))]
+    return tuple(sorted(pairs))
+
+
+def brief(settings: Settings, names: set[str]) -> str:
+    """The named settings as `field=value`; of a preset or text that goes by another name, the name only."""
+    nicknames = {name.removesuffix("name") for name in names if name.endswith(".name")}
+    kept = [(name, value) for name, value in settings if name in names]
+    kept = [pair for pair in kept if pair[0].endswith(".name") or not pair[0].startswith(tuple(nicknames))]
+    return ", ".join(f"{name.removeprefix('method_config.').removesuffix('.name')}={value}" for name, value in kept)
+
+
+def _conditions(record: Record, name: str) -> Settings:
+    """`n` and the versions behind one metric, filed under `arc_easy`, `arc_easy@0shot` or `ppl-wikitext2@2048`."""
+    source = name.rpartition("/")[0]
+    found = [("n", str(record.metrics[name].n))]
+    for label, kind in (("task version", "task_versions"), ("data revision", "dataset_revisions")):
+        filed = record.provenance.get(kind) or {}
+        found += [(label, str(version)) for key, version in filed.items() if _source(key) == source]
+    if name.endswith("shot"):
+        found.append(("lm_eval", str((record.provenance.get("versions") or {}).get("lm_eval"))))
+    return tuple(found)
+
+
+def _source(key: str) -> str:
+    return key.partition("@")[0].removeprefix("ppl-")

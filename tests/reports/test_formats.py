@@ -1,0 +1,180 @@
+"""One table, four formats: the same numbers in each, and no text that breaks out of its cell."""
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from reports.accuracy import zero_shot_table
+from reports.formats import FORMATS
+from reports.perplexity import perplexity_table
+from reports.records import read_all
+from reports.results import pool
+from reports.tables import Cell, Column, Table, plain
+from tests.reports import factory
+
+GOLDENS = Path(__file__).parent / "goldens"
+HOSTILE = "[a]_b|c<d>&%${}#^~\\\"'`--x*y*"
+
+
+class Grid(HTMLParser):
+    """Reads the rows of body cells of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Open a row or a cell; nothing may be marked up inside a cell."""
+        assert not self.inside, f"<{tag}> inside a cell"
+        self.inside = tag == "td"
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "td":
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close a cell."""
+        self.inside = self.inside and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        """Collect a cell's text."""
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def read_html(text: str) -> list[list[str]]:
+    """The body of the tables of a page."""
+    return [row for row in Grid(text).rows if row]
+
+
+def read_markdown(text: str) -> list[list[str]]:
+    """The body of the table, as an independent markdown parser renders it."""
+    return read_html(MarkdownIt("commonmark").enable("table").render(text))
+
+
+def read_latex(text: str) -> list[list[str]]:
+    """The body of a tabular, each cell as LaTeX sets it."""
+    body = text.split("\\midrule\n", 1)[1].split("\\bottomrule")[0].replace("\\midrule\n", "")
+    lines = [line.removesuffix(r" \\") for line in body.splitlines()]
+    return [[undone(cell.strip()) for cell in re.split(r"(?<!\\)& ", line)] for line in lines]
+
+
+def undone(cell: str) -> str:
+    """The text of an escaped cell; whatever could not stand in one fails."""
+    matches = list(LATEX_TOKEN.finditer(cell))
+    assert "".join(match[0] for match in matches) == cell, f"not escaped: {cell!r}"
+    return "".join(LATEX_NAMES.get(inner, inner) for inner in (match[match.lastindex or 0] for match in matches))
+
+
+LATEX_NAMES = {
+    **{"textbackslash": "\\", "textasciicircum": "^", "textasciitilde": "~", "textless": "<", "textgreater": ">"},
+    **{"textbar": "|", "textquotesingle": "'", "textasciigrave": "`", "textdagger": "†", "textdaggerdbl": "‡"},
+    **{"textpm": "±", "ttfamily": '"'},
+}
+LATEX_TOKEN = re.compile(
+    r"""\\(text[a-z]+)\{\}         # a named sign
+    | \{\\(ttfamily)\\char34\}    # a straight quote
+    | \\([{}$&#%_])              # a sign of LaTeX's own
+    | \{([][*])\}               # what the end of a row would take for its option
+    | (-)\{\}(?=-)              # not a dash
+    | -(?!-)
+    | [^-\\{}$&#%_^~<>|"'`[\]*]""",
+    re.VERBOSE,
+)
+
+READERS: dict[str, Callable[[str], list[list[str]]]] = {"md": read_markdown, "html": read_html, "tex": read_latex}
+
+
+def table_of(*rows: tuple[Cell, ...]) -> Table:
+    """A table with a text and a number column."""
+    columns = (Column("Name", text=True), Column("Value", "Group"))
+    return Table(name="t", title="Title", caption="Caption.", columns=columns, rows=rows)
+
+
+def paper_tables(tmp_path: Path) -> list[Table]:
+    """The two tables of the paper, of the factory's records."""
+    results = pool(read_all(factory.write(tmp_path, factory.matrix())))
+    return [table for table in (perplexity_table(results), zero_shot_table(results)) if table]
+
+
+@pytest.mark.parametrize("suffix", READERS)
+@example(text=HOSTILE)
+@example(text="<script>alert(1)</script>")
+@example(text="two\nlines \x1b[31m\x00")
+@example(text="_a_ a_b __a__ - # ~~x~~ https://example.org")
+@settings(deadline=None)
+@given(text=st.text(alphabet=st.characters(max_codepoint=0x24F, exclude_categories=["Cs"])))
+def test_any_text_survives_in_its_cell(suffix: str, text: str) -> None:
+    shown = plain(text)
+    if suffix == "tex":
+        shown = "".join(char if char.isascii() or char in "±" else f"[U+{ord(char):04X}]" for char in shown)
+    table = table_of((Cell(text), Cell(1.5)), (Cell("last"), Cell(None)))
+    assert READERS[suffix](FORMATS[suffix](table)) == [[shown, "1.50"], ["last", "-"]]
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_survives_in_csv(text: str) -> None:
+    rows = list(csv.reader(io.StringIO(FORMATS["csv"](table_of((Cell(text), Cell(1.5)))))))
+    assert rows == [["Name", "Group: Value"], [plain(text), "1.5"]]
+
+
+@settings(deadline=None)
+@given(value=st.floats(allow_nan=False), error=st.floats(0, allow_infinity=False))
+def test_csv_keeps_every_digit(value: float, error: float) -> None:
+    _, row = csv.reader(io.StringIO(FORMATS["csv"](table_of((Cell("a"), Cell(value, error))))))
+    assert (float(row[1]), float(row[2])) == (value, error)
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_format_has_the_numbers_of_the_csv(tmp_path: Path, suffix: str) -> None:
+    for table in paper_tables(tmp_path):
+        exact = list(csv.DictReader(io.StringIO(FORMATS["csv"](table))))
+        for shown, row in zip(READERS[suffix](FORMATS[suffix](table)), exact, strict=True):
+            for column, text in zip(table.columns, shown, strict=True):
+                if not column.text:
+                    assert_same_number(text, row[str(column)], row.get(f"{column} ±", ""))
+
+
+def assert_same_number(text: str, value: str, error: str) -> None:
+    """The shown `1.23 ± 0.04 (remark)†` is the exact value and error, rounded."""
+    shown = re.findall(r"\d+(?:\.\d+)?", text.partition(" (")[0])
+    assert len(shown) == (value != "") + (error != "")
+    for short, long in zip(shown, (value, error), strict=False):
+        assert float(short) == round(float(long), len(short.partition(".")[2]))
+
+
+def test_a_block_is_named_once_and_ruled_off() -> None:
+    table = table_of((Cell("a"), Cell(1)), (Cell("a"), Cell(2)), (Cell("b"), Cell(3)))
+    assert table.shown == [["a", "1"], ["", "2"], ["b", "3"]]
+    assert FORMATS["tex"](table).count(r"\midrule") == 2
+    assert FORMATS["html"](table).count('<tr class="block">') == 1
+    assert [row[0] for row in csv.reader(io.StringIO(FORMATS["csv"](table)))] == ["Name", "a", "a", "b"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_golden_perplexity_table(tmp_path: Path, suffix: str) -> None:
+    assert FORMATS[suffix](paper_tables(tmp_path)[0]) == (GOLDENS / f"perplexity.{suffix}").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX on this machine")
+def test_latex_compiles_as_it_is(tmp_path: Path) -> None:
+    names = (HOSTILE, "[starts a row", "* too", "模型 † ‡")
+    source = FORMATS["tex"](table_of(*((Cell(name), Cell(1.5, 0.2, HOSTILE, "†‡")) for name in names)))
+    (tmp_path / "t.tex").write_text(source, encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="latin-1", check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Warning" not in done.stdout and "Missing character" not in done.stdout

@@ -1,0 +1,109 @@
+"""The command: what it writes, what it says, and what it never imports."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from reports.formats import FORMATS
+from reports.records import ReportError, read_all
+from reports.render import files, write
+from tests.reports import factory
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command, as a user types it."""
+    return subprocess.run(
+        [sys.executable, "-m", "reports", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def contents(tmp_path: Path) -> dict[str, str]:
+    """The files of a report on the factory's matrix."""
+    return files(read_all(factory.write(tmp_path / "results", factory.matrix())))
+
+
+def test_command_writes_the_report_and_every_table_in_every_format(tmp_path: Path) -> None:
+    expected = contents(tmp_path)
+    done = run("--results", tmp_path / "results", "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(tmp_path / "out" / "report.md") in done.stdout
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()} == expected
+    tables = ("perplexity", "zero-shot", "size", "speed", "unfinished")
+    assert set(expected) == {"report.md", *(f"{table}.{suffix}" for table in tables for suffix in FORMATS)}
+
+
+def test_report_holds_head_reading_aid_every_table_and_the_failed_cell_last(tmp_path: Path) -> None:
+    found = contents(tmp_path)
+    report = found["report.md"]
+    headings = re.findall(r"^## (.+)$", report, re.MULTILINE)
+    assert headings == [
+        *("What was run", "How to read the tables", "Perplexity", "Zero-shot tasks", "Size", "Speed"),
+        "Failed and skipped cells",
+    ]
+    assert "4f2a9c1 with uncommitted changes" in report
+    assert "LinAlgError: eigenvalues of block 7 did not converge" in report
+    assert all(found[f"{name}.md"] in report for name in ("perplexity", "zero-shot", "size", "speed", "unfinished"))
+
+
+def test_every_link_of_the_report_leads_somewhere(tmp_path: Path) -> None:
+    found = contents(tmp_path)
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(found["report.md"])
+    targets, anchors = set(re.findall(r'href="([^"]+)"', page)), set(re.findall(r'<a id="([^"]+)"', page))
+    assert targets and targets <= set(found) | {f"#{anchor}" for anchor in anchors}
+
+
+def test_report_of_failed_cells_only(tmp_path: Path) -> None:
+    records = [
+        factory.failed("tiny-llama", "shortgpt", 0.6, "boom <b>|\nsecond line"),
+        factory.failed("tiny-llama", "slicegpt", 0.6, "", status="skipped"),
+    ]
+    found = files(read_all(factory.write(tmp_path, records)))
+    assert set(found) == {"report.md", *(f"unfinished.{suffix}" for suffix in FORMATS)}
+    assert "0 finished cells" in found["report.md"]
+    assert r"boom \<b\>\| second line" in found["report.md"]
+    assert "no reason recorded" in found["report.md"]
+
+
+@pytest.mark.parametrize("spoil", ["empty", "damaged"])
+def test_bad_results_end_in_one_paragraph_and_status_2_with_nothing_written(tmp_path: Path, spoil: str) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    if spoil == "damaged":
+        (results / "record.json").write_text('{"schema": 1, "status"')
+    done = run("--results", results, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "run_all.py" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file, not a folder")
+    with pytest.raises(ReportError, match=r"cannot be written to .*out: .*Give --out another folder"):
+        write({"report.md": "x"}, tmp_path / "out")
+
+
+def test_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write({"report.md": "old"}, tmp_path)
+
+    def full(path: Path, content: str, encoding: str) -> None:
+        path.open("w").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ReportError, match="No space left on device"):
+        write({"report.md": "new"}, tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "old")]
+
+
+def test_report_knows_nothing_of_torch_methods_and_benchmarks() -> None:
+    script = (
+        "import sys, reports.render; print(sorted({'torch', 'methods', 'benchmarks', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,222 @@
+"""What the builders put into the tables, and how numbers are shown."""
+
+import doctest
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import reports.tables
+from reports.accuracy import few_shot_table, zero_shot_table
+from reports.cost import size_table, speed_table
+from reports.perplexity import perplexity_table
+from reports.records import read_all
+from reports.results import Result, pool
+from reports.summary import cautions, facts
+from reports.tables import Table, number
+from tests.reports import factory
+
+BASE = {"method": "slicegpt", "ratio": 0.6}
+
+
+def results(tmp_path: Path, *records: dict[str, Any]) -> list[Result]:
+    """The records, or the matrix of the factory, as results."""
+    return pool(read_all(factory.write(tmp_path, list(records) or factory.matrix())))
+
+
+def lookup(table: Table | None) -> dict[tuple[str, ...], str]:
+    """Each shown text by the texts of its row's named columns and its header."""
+    assert table is not None
+    keys = [
+        index for index, column in enumerate(table.columns) if str(column) in ("Model", "Method", "Asked, %", "Batch")
+    ]
+    rows = [(tuple(str(row[index]) for index in keys), row) for row in table.rows]
+    return {
+        (*key, str(column)): str(cell) for key, row in rows for column, cell in zip(table.columns, row, strict=True)
+    }
+
+
+def entry(value: float, n: int = 40, stderr: float | None = 0.01) -> dict[str, Any]:
+    """A metric of a record."""
+    return {"value": value, "stderr": stderr, "n": n}
+
+
+def test_examples_in_docstrings() -> None:
+    assert doctest.testmod(reports.tables).failed == 0
+
+
+@settings(deadline=None)
+@given(value=st.floats(1e-3, 1e9), error=st.floats(1e-6, 1e6))
+@example(value=99.996, error=0.0996)
+def test_shown_number_is_within_its_last_digit(value: float, error: float) -> None:
+    shown, plus_minus = number(value, error).split(" ± ")
+    places = len(shown.partition(".")[2])
+    assert places <= 2 and len(plus_minus.partition(".")[2]) == places
+    half_a_digit = 0.5 * 10**-places * (1 + 1e-9)
+    assert abs(float(shown) - value) <= half_a_digit and abs(float(plus_minus) - error) <= half_a_digit
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
+def test_odd_numbers_are_shown_and_not_hidden(value: float) -> None:
+    assert number(value) in ("inf", "nan", "0.00")
+
+
+def test_perplexity_has_a_row_per_method_and_a_column_per_text_and_ratio(tmp_path: Path) -> None:
+    table = perplexity_table(results(tmp_path))
+    shown = lookup(table)
+    assert shown["tiny-llama", "dense", "wikileads @512: 100 %"] == "18.30 ± 0.61"
+    assert shown["tiny-llama", "slicegpt", "wikileads @512: 80 %"] == "27.08 ± 0.90"
+    assert shown["tiny-llama", "slicegpt", "wikileads @512: 60 %"] == "-"
+    assert shown["tiny-llama", "shortgpt", "wikileads @512: 60 %"] == "73.9 ± 2.5 (at 64.12 %)†"
+    assert shown["smollm2-135m-q4", "shortgpt", "moby-dick @512: 60 %"] == "300.2 ± 8.9"
+    assert table is not None and any(note.startswith("† off budget") for note in table.notes)
+
+
+@pytest.mark.parametrize(("achieved", "remark"), [(0.6049, ""), (0.6051, " (at 60.51 %)"), (0.5949, " (at 59.49 %)")])
+def test_counted_ratio_is_shown_beyond_half_a_per_cent(tmp_path: Path, achieved: float, remark: str) -> None:
+    record = factory.record(**BASE, size__dense_params=10_000, size__active_total=round(10_000 * achieved))
+    shown = lookup(perplexity_table(results(tmp_path, record)))
+    assert shown["tiny-llama", "slicegpt", "wikileads @512: 60 %"] == "47.9 ± 1.2".replace("47.9", "35.9") + remark
+
+
+def test_windows_are_ordered_by_length_and_texts_with_slashes_survive(tmp_path: Path) -> None:
+    metrics = {"notes/my text.txt/token_ppl@4096": entry(9.0), "wikitext2/token_ppl@2048": entry(8.0)}
+    table = perplexity_table(results(tmp_path, factory.record(metrics=metrics)))
+    assert table is not None
+    assert [str(c) for c in table.columns[2:]] == ["wikitext2 @2048: 100 %", "notes/my text.txt @4096: 100 %"]
+
+
+def test_zero_shot_shows_the_judging_metric_the_average_and_the_counted_ratio(tmp_path: Path) -> None:
+    table = zero_shot_table(results(tmp_path))
+    assert table is not None
+    headers = [str(column) for column in table.columns]
+    assert headers[4:] == ["arc_easy: acc_norm", "wikileads_mc: acc", "Average"]
+    shown = lookup(table)
+    assert shown["tiny-llama", "100", "dense", "arc_easy: acc_norm"] == "55.00 ± 0.99"
+    assert shown["tiny-llama", "100", "dense", "Average"] == "60.0 ± 3.9"
+    assert shown["tiny-llama", "60", "shortgpt", "Counted, %"] == "64.12†"
+
+
+def test_average_only_where_every_task_of_the_table_was_measured(tmp_path: Path) -> None:
+    part = {"wikileads_mc/acc@0shot": entry(0.5)}
+    shown = lookup(zero_shot_table(results(tmp_path, factory.record(), factory.record(**BASE, metrics=part))))
+    assert shown["tiny-llama", "60", "slicegpt", "wikileads_mc: acc"] == "50.0 ± 1.0"
+    assert shown["tiny-llama", "60", "slicegpt", "Average"] == "-"
+
+
+def test_few_shot_tasks_have_their_own_table_and_parts_of_a_group_do_not_fill_it(tmp_path: Path) -> None:
+    metrics = {f"{task}/acc@5shot": entry(0.4) for task in ("mmlu", "mmlu_anatomy", "winogrande")}
+    found = results(tmp_path, factory.record(metrics=metrics))
+    table = few_shot_table(found)
+    assert zero_shot_table(found) is None and table is not None
+    assert [str(c) for c in table.columns[4:]] == ["mmlu: acc, 5 shots", "winogrande: acc, 5 shots", "Average"]
+    assert list(cautions(found)) == ["Measured but in none of the tables, see the records: mmlu_anatomy/acc@5shot."]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"metrics__arc_easy/acc_norm@0shot": entry(0.4, n=9)}, "n 9, not 2376"),
+        ({"metrics": {"arc_easy/acc_norm@0shot": entry(0.4, n=200)}}, "n 200, not 2376"),
+        ({"provenance__task_versions": {"arc_easy": "2.0"}}, "task version 2.0, not 1.0"),
+        ({"provenance__dataset_revisions": {"arc_easy": "abc"}}, "data revision abc, not unknown"),
+        ({"provenance__versions": {"lm_eval": "0.3.0"}}, "lm_eval 0.3.0, not 0.4.13"),
+    ],
+)
+def test_rows_measured_otherwise_are_marked_and_explained(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    others = [factory.record(), factory.record(method="shortgpt", ratio=0.6)]
+    table = zero_shot_table(results(tmp_path, *others, factory.record(**BASE, **change)))
+    shown = lookup(table)
+    assert shown["tiny-llama", "60", "slicegpt", "arc_easy: acc_norm"].endswith("‡")
+    assert "‡" not in shown["tiny-llama", "60", "shortgpt", "arc_easy: acc_norm"]
+    assert shown["tiny-llama", "60", "slicegpt", "Average"][-1] in "‡-"
+    assert table is not None
+    assert f"tiny-llama slicegpt at 60 %: arc_easy/acc_norm@0shot {told}." in table.notes
+    assert any(note.startswith("‡ measured under other conditions") for note in table.notes)
+
+
+def test_perplexity_on_other_windows_is_marked_within_a_model_only(tmp_path: Path) -> None:
+    other = factory.record(**BASE, metrics={"wikileads/token_ppl@512": entry(30.0, n=2)})
+    large = factory.record("smollm2-135m-q4", metrics={"wikileads/token_ppl@512": entry(20.0, n=9)})
+    shown = lookup(perplexity_table(results(tmp_path, factory.record(), other, large)))
+    assert shown["tiny-llama", "slicegpt", "wikileads @512: 60 %"].endswith("‡")
+    assert "‡" not in shown["smollm2-135m-q4", "dense", "wikileads @512: 100 %"]
+
+
+def test_perplexity_of_another_protocol_version_is_marked(tmp_path: Path) -> None:
+    other = factory.record(**BASE, provenance__task_versions={"ppl-wikileads@512": "2"})
+    table = perplexity_table(results(tmp_path, factory.record(), other))
+    assert table is not None
+    assert "tiny-llama slicegpt at 60 %: wikileads/token_ppl@512 task version 2, not 1." in table.notes
+
+
+def test_seeds_that_were_measured_otherwise_are_marked(tmp_path: Path) -> None:
+    first = factory.record(**BASE, metrics={"wikileads_mc/acc@0shot": entry(0.4, n=40)})
+    second = factory.record(**BASE, seed=1, metrics={"wikileads_mc/acc@0shot": entry(0.5, n=80)})
+    table = zero_shot_table(results(tmp_path, factory.record(), first, second))
+    assert lookup(table)["tiny-llama", "60", "slicegpt", "wikileads_mc: acc"] == "45.0 ± 7.1 (2 seeds)‡"
+    assert table is not None
+    assert "tiny-llama slicegpt at 60 %: wikileads_mc/acc@0shot n 40 or 80, not 40." in table.notes
+
+
+def test_seeds_of_a_single_row_that_were_measured_otherwise_are_marked(tmp_path: Path) -> None:
+    records = [factory.record(seed=n, metrics={"wikileads_mc/acc@0shot": entry(0.4, n=n)}) for n in (40, 80)]
+    table = zero_shot_table(results(tmp_path, *records))
+    assert table is not None
+    assert "tiny-llama dense at 100 %: wikileads_mc/acc@0shot has seeds of different n." in table.notes
+
+
+def test_speed_says_in_words_what_is_not_faster(tmp_path: Path) -> None:
+    table = speed_table(results(tmp_path))
+    assert table is not None
+    assert lookup(table)["tiny-llama", "80", "slicegpt", "4", "Decode: vs dense"] == "0.99 ± 0.02"
+    slower = [note.partition(" is not measurably faster")[0] for note in table.notes if "faster" in note]
+    assert slower == [
+        "tiny-llama slicegpt at 80 %",
+        "smollm2-135m-q4 slicegpt at 80 %",
+        "smollm2-135m-q4 slicegpt at 60 %",
+    ]
+
+
+def test_speed_within_its_error_is_not_called_faster(tmp_path: Path) -> None:
+    metrics = {
+        "speed/decode_tokens_per_s@b1": entry(9.0),
+        "speed/decode_tokens_per_s_vs_dense@b1": entry(1.03, stderr=0.02),
+    }
+    table = speed_table(results(tmp_path, factory.record(**BASE, metrics=metrics)))
+    assert table is not None
+    assert "not measurably faster than dense in decode at batch 1 (1.03 ± 0.02 of its speed)." in table.notes[0]
+
+
+def test_size_shows_counts_and_bytes(tmp_path: Path) -> None:
+    shown = lookup(size_table(results(tmp_path)))
+    assert shown["smollm2-135m-q4", "100", "dense", "Parameters, millions: active"] == "134.5"
+    assert shown["tiny-llama", "80", "slicegpt", "On disk, MB"] == "9.17"
+    assert shown["tiny-llama", "80", "slicegpt", "In memory, MB"] == "9.19"
+
+
+def test_size_says_in_words_what_is_not_smaller(tmp_path: Path) -> None:
+    big = factory.record(**BASE, size__stored_bytes=20_000_000)
+    table = size_table(results(tmp_path, factory.record(), big))
+    assert table is not None
+    assert table.notes == ("tiny-llama slicegpt at 60 % is not smaller on disk than dense: 20.00 against 11.49 MB.",)
+
+
+def test_unequal_settings_of_methods_are_pointed_out(tmp_path: Path) -> None:
+    alpaca = {"name": "alpaca", "samples": 16, "window": 256}
+    found = results(tmp_path, factory.record(**BASE), factory.record(method="shortgpt", cell__calibration=alpaca))
+    assert next(cautions(found)) == (
+        "The methods on tiny-llama were not run with equal settings: "
+        "shortgpt: calibration=alpaca; slicegpt: calibration=wikileads."
+    )
+
+
+def test_head_of_the_report_names_every_distinct_value(tmp_path: Path) -> None:
+    other = factory.record(**BASE, provenance__git_commit=None, provenance__git_dirty=False)
+    found = dict(facts(results(tmp_path, factory.record(), other)))
+    assert found["Commit"] == "4f2a9c1 with uncommitted changes; no commit"
+    assert found["Ratios"] == "60 % (total basis)"
+    assert found["Calibration"] == "wikileads, 16 windows of 256 tokens"
