@@ -1,0 +1,119 @@
+"""A cell's checkpoint: the dense model compressed, measured and saved, in place as a whole or not at all."""
+
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks import data, models, record, store
+from benchmarks.job import Job
+from benchmarks.progress import Tracker
+from methods.base import Context
+from methods.modeling.footprint import Footprint, footprint
+
+
+def make(job: Job, progress: Tracker) -> None:
+    """Compress the dense model and move the saved result, with its measurements, into place at once.
+
+    Raises:
+        UserError: the calibration text is too short, or the method cannot do what is asked of it.
+    """
+    laps = Laps()
+    model, tokenizer = load(models.resolve(job.model).prepare(), job)
+    load_s, dense = laps.lap(), footprint(model)
+    model, revisions = _compress(job, model, tokenizer, progress)
+    compress_s = laps.lap()
+    partial = job.scratch / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    measured = {
+        "size": _size(job, dense, footprint(model), partial),
+        "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
+        "memory": memory(),
+        "provenance": {"dataset_revisions": revisions, "task_versions": {}},
+    }
+    store.write_json(record.measured_file(partial), measured)
+    store.write_json(job.folder / "structure.json", _structure(model))
+    partial.rename(job.scratch / "checkpoint")
+
+
+def load(location: str | Path, job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in the cell's dtype on the cell's device, ready to be evaluated, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, job.cell.dtype))
+    return model.to(job.device).eval(), AutoTokenizer.from_pretrained(location)
+
+
+def _compress(
+    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Tracker
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The compressed model, and the revision of the calibration text; the dense cell needs neither."""
+    source = job.cell.calibration
+    if source is None:
+        return model, {}
+    text = data.load(job.source, "calibration")
+    calibration = data.sample_calibration(text, tokenizer, source.samples, source.window, job.cell.seed)
+    context = Context(device=job.device, seed=job.cell.seed, scratch=job.scratch / "method", progress=progress)
+    torch.manual_seed(job.cell.seed)
+    compressed = job.method.compress(model, tokenizer, job.budget, calibration, context)
+    return compressed, {f"calibration:{source.name}": text.revision, "calibration:sha256": calibration.sha256}
+
+
+def _size(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> dict[str, Any]:
+    """Counts from the tensors, bytes from the files."""
+    prediction = job.prediction()
+    share = compressed.active_total / dense.active_total
+    if job.cell.ratio_basis == "block":
+        share = compressed.active_block / dense.active_block
+    return {
+        "dense_params": dense.active_total,
+        "requested": job.cell.ratio,
+        **asdict(compressed),
+        "stored_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "on_budget": job.budget.accepts(share, prediction.grid_step if prediction else 0.0),
+    }
+
+
+def _structure(model: PreTrainedModel) -> dict[str, Any]:
+    """What the compressed decoder is made of, per layer, as its config says."""
+    config = model.config.to_dict()
+    return {key: config.get(key) for key in ("model_type", "num_hidden_layers", "compression")}
+
+
+def keep(job: Job) -> None:
+    """Move the checkpoint to where `--checkpoints` wants it, whole or not at all, across file systems too."""
+    made = job.scratch / "checkpoint"
+    if job.kept is None or job.kept.is_dir() or not made.is_dir():
+        return
+    arriving = job.kept.with_name(f".{job.kept.name}.arriving")
+    shutil.rmtree(arriving, ignore_errors=True)
+    shutil.copytree(made, arriving)
+    arriving.rename(job.kept)
+    shutil.rmtree(made)
+
+
+def memory() -> dict[str, int | None]:
+    """Largest memory of this process so far, in bytes; on a device without such a counter None."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
+class Laps:
+    """A stopwatch."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the start."""
+        before, self._since = self._since, time.perf_counter()
+        return self._since - before

@@ -1,0 +1,194 @@
+"""One cell of the matrix: what identifies it, where its files lie, what of it is already done. Needs no torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import methods
+from benchmarks import models, store, tasks
+from benchmarks.presets import PRESETS, Preset
+from benchmarks.tasks import Task
+from methods.base import Budget, Method, Prediction
+from methods.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Calibration text, as far as it identifies a cell."""
+
+    name: str
+    """A data set of `benchmarks.data`; for a file its name and a hash of its content."""
+    samples: int
+    """Windows drawn."""
+    window: int
+    """Tokens per window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row to be measured. Every field can change the result, so every field is part of the identity."""
+
+    model: str
+    """The model's name, safe for a folder."""
+    fingerprint: str
+    """Which weights."""
+    method: str
+    """Registered name."""
+    method_config: Mapping[str, Any]
+    """All hyperparameters of the method."""
+    ratio: float
+    """Asked share of active parameters."""
+    ratio_basis: Literal["total", "block"]
+    """The share of what."""
+    seed: int
+    """Draws the calibration windows and seeds the method."""
+    calibration: Source | None
+    """None for the dense model, which needs none."""
+    budget: Preset
+    """How much evaluation."""
+    dtype: str
+    """In which the model is loaded and evaluated."""
+
+    @cached_property
+    def id(self) -> str:
+        """Twelve hexadecimal digits of a hash over the schema and all fields; tasks are not part of it."""
+        content = json.dumps({"schema": store.SCHEMA, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def recorded(self) -> dict[str, Any]:
+        """The `cell` entry of a record; the fingerprint stands there as `provenance.model_revision`."""
+        fields = asdict(self) | {"id": self.id}
+        return {key: fields[key] for key in store.CELL_KEYS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One cell and how to run it. Travels to the cell's process as JSON."""
+
+    cell: Cell
+    """What is measured."""
+    model: str
+    """What `--models` said: alias, hub id or directory."""
+    source: str
+    """What `--calibration` said, or the model's default: a data set or a path."""
+    settings: Mapping[str, str]
+    """`--set` of this method, as text."""
+    tasks: tuple[str, ...]
+    """Tasks and suites as asked for."""
+    tolerance: float | None
+    """Largest accepted difference between asked and achieved ratio; None: the method's default."""
+    out: str
+    """Folder of the records."""
+    checkpoints: str | None
+    """Folder in which compressed checkpoints are kept; None: they are not."""
+    device: str
+    """Where torch computes."""
+    force: bool
+    """Forget what an earlier run finished."""
+    only_evaluate: bool
+    """Never compress: the checkpoint must be there."""
+    command: str
+    """The command line, for the record."""
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The job that `to_json` wrote."""
+        content = json.loads(text)
+        cell = content["cell"]
+        cell["budget"] = PRESETS[cell["budget"]["name"]]
+        cell["calibration"] = cell["calibration"] and Source(**cell["calibration"])
+        return cls(**content | {"cell": Cell(**cell), "tasks": tuple(content["tasks"])})
+
+    @property
+    def label(self) -> str:
+        """The cell in a few words."""
+        return f"{self.cell.model} {self.cell.method} {self.cell.ratio:g} seed {self.cell.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The record and what lies beside it."""
+        return self._below(self.out)
+
+    @property
+    def record(self) -> Path:
+        """The record itself."""
+        return self.folder / "record.json"
+
+    @property
+    def scratch(self) -> Path:
+        """What a killed cell resumes from; gone once the record is written."""
+        return self.folder / "scratch"
+
+    @property
+    def log(self) -> Path:
+        """Everything the cell prints, attempt after attempt."""
+        return self.folder / "log.txt"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that works on the cell."""
+        return Path(self.out, ".locks", self.cell.id)
+
+    @property
+    def kept(self) -> Path | None:
+        """Where the checkpoint is to stay after the run."""
+        return self._below(self.checkpoints) if self.checkpoints else None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The compressed checkpoint to evaluate: the kept one if there is one, else that of the scratch folder."""
+        return self.kept if self.kept and self.kept.is_dir() else self.scratch / "checkpoint"
+
+    def _below(self, root: str) -> Path:
+        return Path(root, self.cell.model, self.cell.method, f"{self.cell.ratio:g}", self.cell.id)
+
+    @property
+    def budget(self) -> Budget:
+        """The asked size."""
+        return Budget(ratio=self.cell.ratio, basis=self.cell.ratio_basis, tolerance=self.tolerance)
+
+    @property
+    def method(self) -> Method:
+        """The configured method."""
+        return methods.configure(self.cell.method, self.settings)
+
+    def prediction(self) -> Prediction | None:
+        """The size to expect; None when the model's shape is not known, or only running the method tells.
+
+        Raises:
+            UserError: the method cannot reach the ratio.
+        """
+        shape = models.resolve(self.model).shape
+        return self.method.predict(shape, self.budget) if shape else None
+
+    def previous(self) -> store.Record | None:
+        """The record of an earlier run, unless `--force` says to forget it."""
+        return None if self.force else store.read_record(self.record)
+
+    def missing(self) -> list[Task]:
+        """The asked tasks that the record lacks."""
+        record = self.previous()
+        present = record["provenance"]["task_versions"] if record else {}
+        asked = tasks.expand(self.tasks, models.resolve(self.model), self.cell.budget)
+        return [task for task in asked if task.name not in present]
+
+    def finished(self) -> bool:
+        """Whether nothing is left to do: every task is in the record, and the checkpoint where it is to be kept."""
+        record = self.previous()
+        kept = self.kept is None or self.kept.is_dir()
+        return record is not None and record["status"] == "done" and kept and not self.missing()
+
+    def without_checkpoint(self) -> UserError:
+        """The error of `--only-evaluate` where there is nothing to evaluate."""
+        return UserError(
+            f"--only-evaluate: there is no checkpoint of {self.label} at {self.checkpoint}. "
+            "Leave --only-evaluate out to make it, or name the folder that has it with --checkpoints."
+        )

@@ -1,0 +1,121 @@
+"""Compare the records of two runs, cell by cell and metric by metric, and fail if something got worse.
+
+    python -m benchmarks.regress --results results --baseline baseline
+
+Cells are the same if everything that identifies them is, whatever the weights and the code. A metric got worse if it
+moved in its bad direction by more than twice the standard error of the difference; speeds and memory depend on the
+machine and are not judged. Exit status: 0 nothing worse, 1 something is, 2 the comparison is not possible.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from benchmarks import store
+from benchmarks.store import Record
+from methods.errors import UserError
+
+FLOOR = 1e-6
+"""Share of the baseline value that counts as equal where no standard error is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One metric of one cell in both runs."""
+
+    cell: str
+    """Model, method, ratio and seed."""
+    metric: str
+    """Its name with the protocol."""
+    before: float
+    """In the baseline."""
+    after: float | None
+    """In the results; None: it is missing there."""
+    tolerance: float
+    """Largest difference that may be chance."""
+
+    @property
+    def verdict(self) -> str:
+        """`same`, `better`, `worse` or `missing`."""
+        if self.after is None:
+            return "missing"
+        gain = (self.before - self.after) if "_ppl" in self.metric else (self.after - self.before)
+        if abs(gain) <= self.tolerance:
+            return "same"
+        return "better" if gain > 0 else "worse"
+
+
+def identity(record: Record) -> str:
+    """What makes two records measurements of the same cell."""
+    return json.dumps({key: value for key, value in record["cell"].items() if key != "id"}, sort_keys=True)
+
+
+def compare(results: Sequence[Record], baseline: Sequence[Record]) -> list[Change]:
+    """Every judged metric of the baseline's finished cells, in its order.
+
+    Raises:
+        UserError: the two have no cell in common.
+    """
+    found = {identity(record): record for record in results}
+    pairs = [(record, found[identity(record)]) for record in baseline if identity(record) in found]
+    if not pairs:
+        raise UserError(
+            "The results and the baseline have no cell in common (same model, method and its settings, ratio, seed, "
+            "calibration, budget and dtype). Run the command that is recorded in the baseline under provenance.command."
+        )
+    return [change for before, after in pairs for change in _changes(before, after)]
+
+
+def _changes(before: Record, after: Record) -> list[Change]:
+    cell = before["cell"]
+    label = f"{cell['model']} {cell['method']} {cell['ratio']:g} seed {cell['seed']}"
+    judged = [name for name in before["metrics"] if not name.startswith("speed/")]
+    return [_change(label, name, before["metrics"][name], after["metrics"].get(name)) for name in judged]
+
+
+def _change(label: str, name: str, before: dict[str, float], after: dict[str, float] | None) -> Change:
+    errors = [metric["stderr"] or 0.0 for metric in (before, after) if metric]
+    tolerance = max(2 * math.hypot(*errors), FLOOR * abs(before["value"]))
+    value = after["value"] if after else None
+    return Change(cell=label, metric=name, before=before["value"], after=value, tolerance=tolerance)
+
+
+def finished(folder: Path) -> list[Record]:
+    """The records of done cells below `folder`.
+
+    Raises:
+        UserError: there is none, or one is damaged.
+    """
+    found = [record for record in store.records(folder) if record["status"] == "done"]
+    if not found:
+        raise UserError(
+            f"There is no record of a finished cell below {folder}. Name a folder that run_all.py --out made."
+        )
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the comparison; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.regress", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="records to judge")
+    parser.add_argument("--baseline", type=Path, required=True, metavar="DIR", help="records to judge them by")
+    arguments = parser.parse_args(argv)
+    changes = compare(finished(arguments.results), finished(arguments.baseline))
+    rows = [(c.cell, c.metric, c.before, c.after, c.tolerance, c.verdict) for c in changes]
+    print(tabulate(rows, ("cell", "metric", "baseline", "results", "tolerance", "verdict"), missingval="-"))
+    return 1 if any(change.verdict in ("worse", "missing") for change in changes) else 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"regress: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

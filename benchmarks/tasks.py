@@ -1,0 +1,261 @@
+"""What is measured on a model: perplexity, lm-evaluation-harness tasks, speed. Names, plans and the one dispatch.
+
+    python run_all.py --list tasks
+    python run_all.py --models tiny-llama --tasks ppl:moby-dick@256 wikileads_mc arc_easy@5shot speed
+
+`NAME@Nshot` puts N solved examples before each question; without it there are as many as lm-eval's definition says,
+mostly none. Naming and planning need no torch.
+"""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from benchmarks import data, hub
+from benchmarks.metric import Metric
+from benchmarks.models import Model
+from methods.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from benchmarks.presets import Preset
+    from methods.base import Progress
+
+OWN_TASKS = Path(__file__).parent / "task_definitions"
+ZEROSHOT = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+SUITES: dict[str, tuple[str, ...]] = {
+    "ppl": (),  # the model's own two texts
+    "zeroshot": ZEROSHOT,
+    "fewshot": ("arc_challenge@25shot", "hellaswag@10shot", "winogrande@5shot"),
+    "mmlu": ("mmlu@5shot",),
+    "speed": ("speed",),
+    "all": ("ppl", "zeroshot", "fewshot", "mmlu", "speed"),
+}
+WITHOUT_HUB: Mapping[str, tuple[str, ...]] = {"zeroshot": ("wikileads_mc",), "all": ("ppl", "zeroshot", "speed")}
+"""What two suites mean for embedded and asset models, which run with no hub in reach."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One evaluation of one model: the unit that is resumed."""
+
+    name: str
+    """Unique among a model's tasks and safe as a file name: `ppl-wikitext2@2048`, `arc_easy@0shot`, `speed`."""
+    kind: Literal["ppl", "lm_eval", "speed"]
+    source: str = ""
+    """Text (ppl) or lm-eval name (lm_eval)."""
+    window: int = 0
+    """Tokens per perplexity window."""
+    shots: int = 0
+    """Solved examples before each question."""
+
+
+def names() -> list[str]:
+    """The single tasks of the suites; every other task or group of lm-eval and `ppl:SOURCE@WINDOW` work as well."""
+    return ["wikileads_mc", *ZEROSHOT, "mmlu", "speed", *(f"ppl:{name}" for name in data.names())]
+
+
+def expand(requested: Iterable[str], model: Model, settings: "Preset") -> list[Task]:
+    """The tasks that suites and single names stand for on one model, each once, in the order asked.
+
+    Args:
+        settings: its `ppl_lengths` are the perplexity windows; those beyond the model's limit are cut to it.
+
+    Raises:
+        UserError: an unknown name or a window beyond the model's limit.
+    """
+    tasks: dict[str, Task] = {}
+    for request in requested:
+        for task in _expand(request, model, settings.ppl_lengths):
+            if tasks.setdefault(task.name, task) != task:
+                raise UserError(
+                    f"{tasks[task.name].source} and {task.source} would both be reported as {task.name}. "
+                    "Rename one of the files."
+                )
+    return list(tasks.values())
+
+
+def _expand(request: str, model: Model, lengths: Sequence[int]) -> Iterator[Task]:
+    suites = {**SUITES, "ppl": tuple(f"ppl:{source}" for source in model.texts)}
+    if model.kind in ("embedded", "asset"):
+        suites |= WITHOUT_HUB
+    if request == "speed" or request not in suites:
+        yield from _single(request, model, lengths)
+    else:
+        for part in suites[request]:
+            yield from _expand(part, model, lengths)
+
+
+def _single(request: str, model: Model, lengths: Sequence[int]) -> Iterator[Task]:
+    if request == "speed":
+        yield Task(name="speed", kind="speed")
+    elif request.startswith("ppl:"):
+        yield from _ppl(request.removeprefix("ppl:"), model, lengths)
+    else:
+        name, asked = _split_at(request, r"@(\d+)shot")
+        usual = _yaml(definition(name)).get("num_fewshot") or 0
+        shots = usual if asked is None else asked
+        yield Task(name=f"{name}@{shots}shot", kind="lm_eval", source=name, shots=shots)
+
+
+def _ppl(request: str, model: Model, lengths: Sequence[int]) -> Iterator[Task]:
+    source, window = _split_at(request, r"@(\d+)")
+    limit = (model.config or {}).get("max_position_embeddings") or max(lengths)
+    if window and not 2 <= window <= limit:
+        raise UserError(
+            f"ppl:{request} is not possible on {model.name}: a window has 2 to {limit} tokens. "
+            f"Type ppl:{source}@{limit}, or ppl:{source} for the usual windows."
+        )
+    for length in sorted({window} if window else {min(length, limit) for length in lengths}):
+        yield Task(name=f"ppl-{data.label(source)}@{length}", kind="ppl", source=source, window=length)
+
+
+def _split_at(request: str, suffix: str) -> tuple[str, int | None]:
+    """`name@5shot` as (`name`, 5); the number is None where there is none."""
+    match = re.fullmatch(f"(.*){suffix}", request)
+    return (match[1], int(match[2])) if match else (request, None)
+
+
+def check(task: Task, offline: bool) -> None:
+    """Make sure that a task's data can be had, before any work starts. May ask the hub unless `offline`.
+
+    Raises:
+        UserError: they cannot; the message says what to type.
+    """
+    if task.kind == "ppl":
+        data.check(task.source, "test", offline)
+    elif task.source == "wikileads_mc":
+        data.check("wikileads", "test", offline)
+    elif task.kind == "lm_eval":
+        for repository, config in sorted(_datasets(definition(task.source))):
+            hub.check_dataset(repository, config, offline)
+
+
+def definition(name: str) -> Path:
+    """The YAML file that defines an lm-eval task or group, found without importing lm-eval.
+
+    Raises:
+        UserError: there is none; the message has the nearest names.
+    """
+    tasks = _stock_folder()
+    likely = [folder for folder in tasks.iterdir() if name.startswith(folder.name)]
+    for folder in (OWN_TASKS, *likely, tasks):
+        if name in (found := _definitions(folder)):
+            return found[name]
+    near = difflib.get_close_matches(name, _definitions(tasks), n=3)
+    hint = f"lm-eval's own names work too, nearest: {', '.join(near)}." if near else "lm-eval's own names work too."
+    raise unknown("task", name, {*names(), *SUITES}, hint)
+
+
+def task_folder(path: Path) -> Path:
+    """The folder, directly under lm-eval's or ours, that a definition and what it includes lie in."""
+    stock = _stock_folder()
+    return stock / path.relative_to(stock).parts[0] if path.is_relative_to(stock) else OWN_TASKS
+
+
+def _stock_folder() -> Path:
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec and spec.origin
+    return Path(spec.origin).parent / "tasks"
+
+
+@cache
+def _definitions(folder: Path) -> dict[str, Path]:
+    """Every task and group defined under a folder. A regular expression reads 14,000 files in half a second."""
+    pattern = re.compile(rb"^\"?(?:task|group)\"?:[ \t]*[\"']?([^\s\"'#\[{]+)", re.MULTILINE)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        for name in pattern.findall(path.read_bytes()):
+            found.setdefault(name.decode(), path)
+    return found
+
+
+def _datasets(path: Path) -> set[tuple[str, str]]:
+    """(repository, config) of every data set that a task or group reads."""
+    content = _yaml(path)
+    if isinstance(content.get("task"), list):
+        return {pair for member in content["task"] for file in _members(member, path) for pair in _datasets(file)}
+    return {(content["dataset_path"], content.get("dataset_name") or "default")} if "dataset_path" in content else set()
+
+
+def _members(member: str | dict[str, Any], group: Path) -> list[Path]:
+    """The files that one entry of a group stands for: a task's, a group's, or those of every task with that tag."""
+    name = member if isinstance(member, str) else member.get("task") or member.get("group")
+    for known in (_definitions(task_folder(group)), _definitions(_stock_folder())):
+        if found := [known[name]] if name in known else [path for path in known.values() if name in _tags(path)]:
+            return found
+    return []
+
+
+def _tags(path: Path) -> list[str]:
+    tags = _yaml(path).get("tag") or []
+    return tags if isinstance(tags, list) else [tags]
+
+
+@cache
+def _yaml(path: Path) -> dict[str, Any]:
+    """A task file with what it includes; its functions stay unread."""
+    import yaml
+
+    class Loader(yaml.CSafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    content = yaml.load(path.read_bytes(), Loader)
+    includes = content.pop("include", [])
+    merged: dict[str, Any] = {}
+    for include in includes if isinstance(includes, list) else [includes]:
+        merged |= _yaml(path.parent / include)
+    return merged | content
+
+
+def evaluate(
+    task: Task,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    dense: "PreTrainedModel | None",
+    settings: "Preset",
+    samples_dir: Path,
+    progress: "Progress",
+) -> tuple[dict[str, Metric], dict[str, dict[str, str]]]:
+    """Run one task.
+
+    Args:
+        dense: the dense model, for the comparison of speeds; None when `model` is the dense one.
+        samples_dir: receives `<task>.jsonl.gz`, one line per document of an lm-eval task.
+
+    Returns:
+        Metrics by name, and what was measured with: `dataset_revisions` (by data) and `task_versions` (by task).
+
+    Raises:
+        UserError: the text is shorter than one window, or a data set is out of reach.
+    """
+    if task.kind == "speed":
+        from benchmarks import speed
+
+        metrics = speed.measure(model, dense, settings, progress)
+        return metrics, {"dataset_revisions": {}, "task_versions": {task.name: speed.VERSION}}
+    if task.kind == "ppl":
+        return _evaluate_ppl(task, model, tokenizer, settings, progress)
+    from benchmarks import harness
+
+    return harness.evaluate(task, model, tokenizer, settings, samples_dir, progress)
+
+
+def _evaluate_ppl(
+    task: Task, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: "Preset", progress: "Progress"
+) -> tuple[dict[str, Metric], dict[str, dict[str, str]]]:
+    from benchmarks import perplexity
+
+    text = data.load(task.source, "test")
+    metric = perplexity.token_perplexity(model, tokenizer, text.content, task.window, settings.ppl_windows, progress)
+    label = data.label(task.source)
+    versions = {"dataset_revisions": {label: text.revision}, "task_versions": {task.name: perplexity.VERSION}}
+    return {f"{label}/token_ppl@{task.window}": metric}, versions

@@ -1,0 +1,258 @@
+"""Tasks: what names and suites stand for, and lm-eval's numbers checked against ones computed by hand."""
+
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import hub, tasks
+from benchmarks.assets import AssetMissing
+from benchmarks.embedded import wikileads
+from benchmarks.models import Model, resolve
+from benchmarks.presets import PRESETS
+from benchmarks.progress import Tracker
+from benchmarks.tasks import Task, check, definition, evaluate, expand
+from methods.base import Silent
+from methods.errors import UserError
+from tests.methods.tiny import tiny_model
+
+PAPER, SMOKE = PRESETS["paper"], PRESETS["smoke"]
+HUB_MODEL, OWN_MODEL = resolve("llama2-7b"), resolve("smollm2-135m-q4")
+# numpy scalars in lm-eval's own aggregation and libraries it imports are not ours to mend
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def named(requests, model=HUB_MODEL, settings=PAPER):
+    return [task.name for task in expand(requests, model, settings)]
+
+
+def test_suites_of_a_hub_model():
+    texts = ["ppl-wikitext2@2048", "ppl-wikitext2@4096", "ppl-c4@2048", "ppl-c4@4096"]
+    zeroshot = [f"{name}@0shot" for name in ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")]
+    assert named(["ppl", "zeroshot", "speed"]) == [*texts, *zeroshot, "speed"]
+    assert named(["fewshot", "mmlu"]) == ["arc_challenge@25shot", "hellaswag@10shot", "winogrande@5shot", "mmlu@5shot"]
+    assert set(named(["all"])) == set(named(["ppl", "zeroshot", "fewshot", "mmlu", "speed"]))
+
+
+def test_suites_of_a_model_that_runs_without_a_hub():
+    expected = ["ppl-wikileads@512", "ppl-moby-dick@512", "wikileads_mc@0shot", "speed"]
+    assert named(["ppl", "zeroshot", "speed"], OWN_MODEL, SMOKE) == named(["all"], OWN_MODEL, SMOKE) == expected
+
+
+@pytest.mark.parametrize(("limit", "windows"), [(512, [512]), (2048, [2048]), (8192, [2048, 4096])])
+def test_windows_are_cut_to_the_model_s_limit(limit, windows):
+    model = Model(name="m", title="m", kind="hub", location="m", published={"max_position_embeddings": limit})
+    assert named(["ppl:moby-dick"], model) == [f"ppl-moby-dick@{window}" for window in windows]
+
+
+def test_single_names():
+    assert named(["ppl:moby-dick@256"]) == ["ppl-moby-dick@256"]
+    assert named(["arc_easy@5shot", "boolq"]) == ["arc_easy@5shot", "boolq@0shot"]
+    assert named(["gsm8k", "gsm8k@0shot"]) == ["gsm8k@5shot", "gsm8k@0shot"]  # lm-eval's definition says 5
+    assert expand(["ppl:some/where/my.text.txt@64"], HUB_MODEL, PAPER) == [
+        Task(name="ppl-my.text@64", kind="ppl", source="some/where/my.text.txt", window=64)
+    ]
+
+
+def test_a_task_asked_for_twice_runs_once():
+    assert named(["speed", "arc_easy", "speed", "arc_easy@0shot"]) == ["speed", "arc_easy@0shot"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("hellaswagg", "unknown task 'hellaswagg'. Did you mean hellaswag.*nearest: hellaswag"),
+        ("zeroshots", "Did you mean zeroshot"),
+        ("ppl:moby-dick@9999", r"2 to 4096 tokens. Type ppl:moby-dick@4096"),
+        ("ppl:moby-dick@1", "2 to 4096 tokens"),
+    ],
+)
+def test_tasks_that_do_not_exist(request_, message):
+    with pytest.raises(UserError, match=message):
+        expand([request_], HUB_MODEL, PAPER)
+
+
+def test_two_files_of_one_name_would_be_confused():
+    with pytest.raises(UserError, match=r"a/text.txt and b/text.txt .* Rename"):
+        expand(["ppl:a/text.txt@64", "ppl:b/text.txt@64"], HUB_MODEL, PAPER)
+
+
+def test_planning_imports_neither_torch_nor_lm_eval():
+    script = (
+        "import sys; from benchmarks import models, tasks; from benchmarks.presets import PRESETS;"
+        "planned = tasks.expand(['all'], models.resolve('llama2-7b'), PRESETS['paper']);"
+        "assert not {'torch', 'lm_eval', 'datasets', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("folder", ["arc", "piqa", "winogrande", "mmlu"])
+def test_definitions_are_those_of_lm_eval_s_own_index(folder):
+    from lm_eval.tasks._index import TaskIndex
+
+    path = tasks._stock_folder() / folder
+    index = {name: entry.yaml_path for name, entry in TaskIndex.build([path]).items() if entry.yaml_path}
+    assert tasks._definitions(path) == index
+
+
+def test_a_group_needs_the_data_of_all_its_members():
+    assert tasks._datasets(definition("arc_easy")) == {("allenai/ai2_arc", "ARC-Easy")}
+    found = tasks._datasets(definition("mmlu"))
+    assert {repository for repository, _ in found} == {"cais/mmlu"}
+    assert len(found) == 57
+
+
+def test_data_out_of_reach_is_named_before_any_work(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    (task,) = expand(["arc_easy"], HUB_MODEL, PAPER)
+    with pytest.raises(UserError, match=r"allenai/ai2_arc \(ARC-Easy\) is not in the local cache.*load_dataset"):
+        check(task, offline=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(inputs):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(inputs / "model")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama-gqa", dtype=torch.float32, vocab_size=257, max_position_embeddings=2048)
+
+
+@pytest.fixture
+def run(model, tokenizer, tmp_path):
+    def run(task, progress=None, **settings):
+        return evaluate(
+            task,
+            model,
+            tokenizer,
+            dense=None,
+            settings=replace(SMOKE, **settings),
+            samples_dir=tmp_path / "samples",
+            progress=progress or Silent(),
+        )
+
+    return run
+
+
+def continuation_log_likelihood(model, tokenizer, context, continuation):
+    prompt, whole = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]
+    ids = torch.tensor(whole)
+    with torch.no_grad():
+        log_probs = model(ids[None]).logits[0].log_softmax(-1)
+    return sum(float(log_probs[i - 1, ids[i]]) for i in range(len(prompt), len(whole)))
+
+
+@pytest.fixture
+def wikileads_mc():
+    try:
+        next(wikileads.articles("test"))
+    except AssetMissing as error:
+        pytest.skip(str(error))
+    (task,) = expand(["wikileads_mc"], OWN_MODEL, SMOKE)
+    check(task, offline=True)
+    return task
+
+
+def test_multiple_choice_is_the_sum_of_token_log_probabilities(run, wikileads_mc, model, tokenizer, tmp_path):
+    from benchmarks.task_definitions.wikileads_mc import questions
+
+    metrics, versions = run(wikileads_mc, documents=5)
+    samples = gzip.decompress((tmp_path / "samples" / "wikileads_mc@0shot.jsonl.gz").read_bytes()).splitlines()
+    correct = []
+    for question, line in zip(questions(), samples, strict=False):
+        context = question["lead"] + "\n\nDescription:"
+        scores = [continuation_log_likelihood(model, tokenizer, context, f" {each}") for each in question["choices"]]
+        sample = json.loads(line)
+        assert sample["log_likelihoods"] == pytest.approx(scores, rel=1e-4)
+        correct.append(float(scores.index(max(scores)) == question["gold"]))
+        assert sample["correct"] == {"acc": correct[-1]}
+    metric = metrics["wikileads_mc/acc@0shot"]
+    assert (metric.value, metric.n) == (sum(correct) / 5, 5)
+    expected = torch.tensor(correct).std() / 5**0.5
+    assert metric.stderr == pytest.approx(float(expected), rel=1e-5)
+    assert versions == {
+        "dataset_revisions": {"wikileads_mc": "0.0.7"},
+        "task_versions": {"wikileads_mc@0shot": "1.0"},
+    }
+
+
+def test_samples_are_the_same_bytes_every_time(run, wikileads_mc, tmp_path):
+    file = tmp_path / "samples" / "wikileads_mc@0shot.jsonl.gz"
+    first, again = (run(wikileads_mc, documents=1) and file.read_bytes() for _ in range(2))
+    assert first == again
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_batches_change_no_answer(run, wikileads_mc):
+    one, many = (run(wikileads_mc, documents=2, batch_size=size)[0] for size in (1, 5))
+    assert one == many
+
+
+def test_progress_reaches_its_end(run, wikileads_mc):
+    events = []
+    run(wikileads_mc, Tracker(events.append), documents=2, batch_size=1)
+    assert events[-1].finished
+    assert events[-1].done == events[-1].total == 2  # 8 requests, 4 batches of 1 at a time
+
+
+def test_solved_examples_a_task_does_not_allow_are_an_error(run, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    class Fixed:
+        task_name = "fixed"
+
+        def get_config(self, key):
+            return 0
+
+    monkeypatch.setattr(TaskManager, "load", lambda self, names: {"tasks": {"fixed": Fixed()}, "groups": {}})
+    with pytest.raises(UserError, match="fixes fixed at zero shots.*arc_easy@0shot"):
+        run(Task(name="arc_easy@5shot", kind="lm_eval", source="arc_easy", shots=5))
+
+
+def test_stock_tasks_run_under_their_stock_names(run, tmp_path):
+    requests = expand(["arc_easy@2shot", "piqa"], HUB_MODEL, SMOKE)
+    for task in requests:
+        try:
+            check(task, offline=True)
+        except UserError as error:
+            pytest.skip(str(error))
+    metrics = [run(task, documents=3)[0] for task in requests]
+    assert set(metrics[0]) == {"arc_easy/acc@2shot", "arc_easy/acc_norm@2shot"}
+    assert set(metrics[1]) == {"piqa/acc@0shot", "piqa/acc_norm@0shot"}
+    assert {metric.n for found in metrics for metric in found.values()} == {3}
+
+
+def test_perplexity_of_a_local_text(run, inputs):
+    (task,) = expand([f"ppl:{inputs / 'text.txt'}@64"], HUB_MODEL, SMOKE)
+    metrics, versions = run(task)
+    assert set(metrics) == {"text/token_ppl@64"}
+    assert metrics["text/token_ppl@64"].n == SMOKE.ppl_windows
+    assert set(versions["dataset_revisions"]) == {"text"}
+    assert set(versions["task_versions"]) == {"ppl-text@64"}
+
+
+def test_speed_is_measured_too(run):
+    metrics, versions = run(Task(name="speed", kind="speed"))
+    assert "speed/decode_tokens_per_s@b1" in metrics
+    assert set(versions["task_versions"]) == {"speed"}
+
+
+def test_hub_is_asked_only_when_allowed(monkeypatch):
+    from huggingface_hub import constants
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
+    monkeypatch.setattr(hub, "_ask", lambda *arguments: asked.append(arguments[0]))
+    hub.check_dataset("org/nowhere", "default", offline=False)
+    assert asked == ["org/nowhere"]
