@@ -1,0 +1,1 @@
+"""How a compressed model is measured; see docs/ARCHITECTURE.md."""

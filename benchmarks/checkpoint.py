@@ -47,7 +47,8 @@ def make(job: Job, progress: Tracker) -> None:
 def load(location: str | Path, job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in the cell's dtype on the cell's device, ready to be evaluated, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, job.cell.dtype))
-    return model.to(job.device).eval(), AutoTokenizer.from_pretrained(location)
+    model.to(job.device)  # pyright: ignore[reportArgumentType]  (transformers' decorated `to` loses its self)
+    return model.eval(), AutoTokenizer.from_pretrained(location)
 
 
 def _compress(

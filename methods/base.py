@@ -90,10 +90,25 @@ class Batch(NamedTuple):
 class Calibration(Protocol):
     """A named, hashed, seeded sample of text, the same for every method of a run. Never test data."""
 
-    name: str
-    sha256: str
-    samples: int
-    window: int
+    @property
+    def name(self) -> str:
+        """The source."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the token ids."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Windows."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Tokens per window."""
+        ...
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The sample in batches of at most `size` windows, always in the same order."""

@@ -1,0 +1,1 @@
+"""Trained tiny models and text that are part of the repository."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CHOICES = 4
+LONGEST = 1200
+"""Characters of a lead: with them a question fits the 512 tokens of the embedded models. One article is longer."""
 
 
 class Question(TypedDict):
@@ -36,14 +38,14 @@ def dataset(**metadata: object) -> "dict[str, Dataset]":
 
 
 def questions() -> list[Question]:
-    """A question per test article that has a description and enough company in its topic."""
+    """A question per test article that has a description, enough company in its topic and no overlong lead."""
     articles = [article for article in wikileads.articles("test") if article.description]
     return [question for article in articles if (question := _question(article, articles))]
 
 
 def _question(article: Article, articles: list[Article]) -> Question | None:
     others = {other.description for other in articles if other.topic == article.topic} - {article.description}
-    if len(others) < CHOICES - 1:
+    if len(others) < CHOICES - 1 or len(article.masked_extract) > LONGEST:
         return None
     # Hashes of both titles stand in for random numbers, so that one article more or less moves few questions.
     choices = sorted(others, key=lambda other: title_hash(f"{article.title}|{other}"))[: CHOICES - 1]

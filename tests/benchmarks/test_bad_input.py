@@ -1,4 +1,4 @@
-"""Whatever the user gets wrong is said in one paragraph, with status 2, before any work and with nothing left behind."""
+"""Whatever the user gets wrong is said in one paragraph, with status 2, before any work, leaving nothing behind."""
 
 import os
 import re

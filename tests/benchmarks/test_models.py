@@ -14,6 +14,7 @@ from benchmarks import hub, models
 from benchmarks.assets import AssetMissing, asset_path
 from benchmarks.models import make_once, resolve
 from methods.errors import UserError
+from methods.modeling.structures.record import SCHEMA
 
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,
@@ -74,12 +75,12 @@ def test_a_directory_without_config_or_weights_is_an_error(directory):
         resolve(str(directory))
 
 
-@pytest.mark.parametrize("schema", [models.SCHEMA, models.SCHEMA + 1])
+@pytest.mark.parametrize("schema", [SCHEMA, SCHEMA + 1])
 def test_a_checkpoint_of_a_newer_schema_is_an_error(directory, schema):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "compression": {"schema": schema}}))
     model = resolve(str(directory))
-    if schema == models.SCHEMA:
+    if schema == SCHEMA:
         model.check(offline=True)
     else:
         with pytest.raises(UserError, match=f"schema {schema}.*git pull"):

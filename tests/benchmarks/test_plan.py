@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import cli, plan, preview
@@ -68,6 +68,7 @@ def test_ids_do_not_drift() -> None:
     assert CELL.id == "24b93d01f53a"
 
 
+@settings(deadline=None, max_examples=25)
 @given(
     ratios=st.lists(st.sampled_from(["0.5", "0.6", "0.7", "0.8"]), min_size=1),
     seeds=st.lists(st.integers(0, 5), min_size=1),

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -42,7 +43,7 @@ def test_throttling_keeps_first_and_last_and_a_distance(gaps: list[float]) -> No
     show(Event("work", len(gaps), None, finished=True))
     times = [time for time, _ in shown[:-1]]
     assert times[0] == 0 and shown[-1][1].finished
-    assert all(later - earlier >= 10 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= 10 for earlier, later in pairwise(times))
 
 
 def test_labels_are_throttled_apart() -> None:

@@ -1,10 +1,13 @@
 """The shape record of a compressed model: `config.compression`, plain JSON that says which structures it has."""
 
-from typing import Any
+from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from methods.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SCHEMA = 1
 """Version of the record; a checkpoint with a newer one is refused."""
