@@ -127,17 +127,17 @@ def fold_norms(decoder: Decoder) -> None:
     _fold(decoder.final_norm, [head])
     if decoder.shape.layer_norm:
         for table in decoder.embeddings:
-            table.weight -= table.weight.mean(1, keepdim=True)
+            table.weight.sub_(table.weight.mean(1, keepdim=True))
         for layer in decoder.layers:
             for writer in (layer.attention_output, layer.mlp_output):
-                writer.weight -= writer.weight.mean(0)
+                writer.weight.sub_(writer.weight.mean(0))
                 if writer.bias is not None:
-                    writer.bias -= writer.bias.mean()
+                    writer.bias.sub_(writer.bias.mean())
 
 
 def _fold(norm: nn.Module, readers: list[nn.Linear]) -> None:
     """Move a norm's gain and shift into the linears that read it, in fp64."""
-    gain, shift = norm.weight.double(), getattr(norm, "bias", None)
+    gain, shift = norm.get_parameter("weight").double(), getattr(norm, "bias", None)
     for linear in readers:
         weight = linear.weight.double()
         if shift is not None:

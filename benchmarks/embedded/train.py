@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,7 +33,7 @@ from benchmarks.embedded import wikileads
 
 HERE = Path(__file__).parent
 END = "<|endoftext|>"
-SHARED = {
+SHARED: dict[str, Any] = {
     "vocab_size": 2048,
     "num_hidden_layers": 10,
     "max_position_embeddings": 512,
@@ -61,7 +62,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         hidden_size=160,
         intermediate_size=400,
         num_attention_heads=5,
-        partial_rotary_factor=0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
         tie_word_embeddings=False,
         **SHARED,
     ),

@@ -19,7 +19,7 @@ from tests.methods.test_slicegpt import LLAMA_2_7B
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPE = DecoderShape.from_config(LLAMA_2_7B)
-THIRD_PARTY = '''
+THIRD_PARTY = """
 from dataclasses import dataclass
 from methods.base import Method
 from methods.registry import register
@@ -30,7 +30,7 @@ class Halve(Method):
     strength: float = 0.5
     def compress(self, model, tokenizer, budget, calibration, context):
         return model
-'''
+"""
 
 
 @pytest.fixture
