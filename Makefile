@@ -20,8 +20,8 @@ $(READY): pyproject.toml constraints.txt assets.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python run_all.py --models tiny-llama smollm2-135m-q4 --methods dense shortgpt slicegpt --ratios 0.7 0.5 \
-		--budget demo --out out/demo/results
+	$(BIN)/python run_all.py --models tiny-llama smollm2-135m-q4 --methods dense shortgpt slicegpt --ratios 0.65 0.5 \
+		--set slicegpt.round_interval=2 --budget demo --out out/demo/results
 	$(BIN)/python -m reports --results out/demo/results --out out/demo/report
 
 test: $(READY)

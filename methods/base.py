@@ -136,9 +136,12 @@ class Context:
     """Where and how a method runs."""
 
     device: str = "cpu"
+    """Where the model lies, and where methods compute."""
     seed: int = 0
+    batch_size: int = 8
+    """Calibration windows per forward pass."""
     scratch: Path
-    """A folder that survives a kill, for the checkpoints of methods that train."""
+    """A folder (to be made when needed) that survives a kill, for the checkpoints of methods that train."""
     progress: Progress = field(default_factory=Silent)
 
 
@@ -150,7 +153,8 @@ class Method(ABC):
     """As papers write it."""
     reference: ClassVar[str]
     """Link to the paper."""
-    family: ClassVar[Literal["dense", "depth", "width", "semi-structured", "moe"]]
+    family: ClassVar[str]
+    """What it removes: `dense` (nothing), `depth`, `width`, `semi-structured` or `moe`."""
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
         """The size this method will reach, from shapes alone and without torch; None when only running it tells.
@@ -170,6 +174,8 @@ class Method(ABC):
         context: Context,
     ) -> PreTrainedModel:
         """The compressed model. May use up `model`; at ratio 1 it is `model`, unchanged.
+
+        `model` is dense, in evaluation mode and on `context.device`.
 
         Raises:
             UserError: the model, the ratio or the calibration does not suit this method.

@@ -16,6 +16,7 @@ from methods.base import Method
 from methods.errors import UserError, unknown
 
 GROUP = "tomoe_bench.methods"
+FAMILIES = ("dense", "depth", "width", "semi-structured", "moe")
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
@@ -24,8 +25,11 @@ def register(name: str, *, title: str, reference: str, family: str) -> Callable[
     """Class decorator: make a `Method` known under `name`."""
 
     def decorate(method: M) -> M:
-        if not (issubclass(method, Method) and dataclasses.is_dataclass(method)):
+        parameters = vars(method).get("__dataclass_params__")
+        if not (issubclass(method, Method) and parameters and parameters.frozen):
             raise TypeError(f"{method.__qualname__} must be a Method and a frozen dataclass to be registered")
+        if family not in FAMILIES:
+            raise ValueError(f"family {family!r} of {name} must be one of {', '.join(FAMILIES)}")
         if name in _METHODS:
             raise ValueError(f"a method named {name!r} is registered already: {_METHODS[name].__qualname__}")
         method.name, method.title, method.reference, method.family = name, title, reference, family  # type: ignore[assignment]
@@ -86,7 +90,11 @@ def configure(name: str, settings: Mapping[str, str]) -> Method:
 
 
 def _parse(where: str, text: str, kind: Any) -> Any:
-    """`text` as a value of the field's type."""
+    """`text` as a value of the field's type: number, text, truth value, one of some texts, or none if it may be."""
+    if type(None) in get_args(kind):
+        (kind,) = (member for member in get_args(kind) if member is not type(None))
+        if text == "none":
+            return None
     choices = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
     if choices:
         if text not in choices:

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from methods.modeling import Decoder
 
-BATCH_SIZE = 8
-
 
 @register("shortgpt", title="ShortGPT", reference="https://arxiv.org/abs/2403.03853", family="depth")
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +70,8 @@ class ShortGPT(Method):
         decoder = modeling.Decoder(model)
         self.predict(decoder.shape, budget)
         count = blocks_to_remove(decoder.shape, budget)
-        batches = context.progress.track(
-            calibration.batches(BATCH_SIZE), "block influence", math.ceil(calibration.samples / BATCH_SIZE)
-        )
+        steps = math.ceil(calibration.samples / context.batch_size)
+        batches = context.progress.track(calibration.batches(context.batch_size), self.metric, steps)
         if self.metric == "block_influence":
             removed = least_influential(block_influence(decoder, batches), count)
         else:
@@ -115,10 +112,8 @@ def block_influence(decoder: Decoder, batches: Iterable[Batch]) -> list[float]:
                 _forward(decoder, batch)
             tokens += int(mask_BT.sum())
     if tokens == 0:
-        raise UserError(
-            "the calibration text is empty: nothing to measure block influence on. Use another --calibration."
-        )
-    return (1 - total / tokens).tolist()
+        raise nothing_to_measure()
+    return finite((1 - total / tokens).tolist())
 
 
 def last_token_states(decoder: Decoder, batches: Iterable[Batch]) -> Tensor:
@@ -140,7 +135,24 @@ def last_token_states(decoder: Decoder, batches: Iterable[Batch]) -> Tensor:
 
             with modeling.watch_layers(decoder, see):
                 _forward(decoder, batch)
+    if not states[0]:
+        raise nothing_to_measure()
     return torch.stack([torch.cat(windows) for windows in states])
+
+
+def nothing_to_measure() -> UserError:
+    """The error for an empty calibration text."""
+    return UserError("the calibration text is empty: there is nothing to measure. Use another --calibration.")
+
+
+def finite(scores: list[float]) -> list[float]:
+    """The scores, which must all be numbers: an overflow would pick blocks at random."""
+    if not all(map(math.isfinite, scores)):
+        raise UserError(
+            "the residual stream overflows on the calibration text, so blocks cannot be compared. "
+            "Use --dtype bfloat16 or float32."
+        )
+    return scores
 
 
 def _forward(decoder: Decoder, batch: Batch) -> None:
@@ -161,6 +173,6 @@ def angular_distance(states_LND: Tensor, start: int, count: int) -> float:
 
 def nearest_run(states_LND: Tensor, count: int) -> set[int]:
     """The `count` consecutive blocks of least angular distance, the deeper run among equals."""
-    starts = range(len(states_LND) - count)
-    best = min(starts, key=lambda start: (angular_distance(states_LND, start, count), -start))
+    distances = finite([angular_distance(states_LND, start, count) for start in range(len(states_LND) - count)])
+    best = min(range(len(distances)), key=lambda start: (distances[start], -start))
     return set(range(best, best + count))

@@ -22,12 +22,13 @@ since adding a multiple of the identity changes no eigenvector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from methods import modeling
 from methods.base import Budget, Calibration, Context, Method, Prediction
+from methods.errors import UserError
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
     from methods.modeling import Decoder, DecoderLayer
 
-BATCH_SIZE = 8
+CHUNK = 8192
+"""Rows of a matrix that are held in fp64 at a time."""
 
 
 @register("slicegpt", title="SliceGPT", reference="https://arxiv.org/abs/2401.15024", family="width")
@@ -51,22 +53,32 @@ class SliceGPT(Method):
     orientation: Literal["random", "pca"] = "random"
     """Rotate the kept components among themselves at random (published default; spreads outliers), or not."""
 
+    def __post_init__(self) -> None:
+        if self.round_interval < 1:
+            raise UserError(
+                f"slicegpt.round_interval is {self.round_interval}; the least is 1, the published one is 8."
+            )
+
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction:
         """The size at the largest width that does not exceed the ratio."""
-        width = self.width(shape, budget)
-        step = self.round_interval
-        sizes = [sliced_size(shape, w) for w in (width, width + step) if w <= shape.hidden]
-        ratios = [budget.achieved(total, block, shape) for total, block in sizes]
-        smaller = sliced_size(shape, max(width - step, 0))
-        grid_step = abs(ratios[0] - budget.achieved(*smaller, shape))
-        prediction = Prediction(active_total=sizes[0][0], active_block=sizes[0][1], grid_step=grid_step)
-        budget.require(self.name, prediction, shape, ratios)
+        if budget.ratio == 1:
+            return Prediction(active_total=shape.total, active_block=shape.block)
+        width, step = self.width(shape, budget), self.round_interval
+        ratios = [budget.achieved(*sliced_size(shape, w), shape) for w in (width - step, width, width + step)]
+        total, block = sliced_size(shape, width)
+        grid_step = max(ratios[1] - ratios[0], ratios[2] - ratios[1])
+        prediction = Prediction(active_total=total, active_block=block, grid_step=grid_step)
+        budget.require(self.name, prediction, shape, ratios[1:] if width < shape.hidden else ratios[:2])
         return prediction
 
     def width(self, shape: DecoderShape, budget: Budget) -> int:
-        """The largest multiple of `round_interval` whose size is within the ratio, or else the smallest one."""
+        """The largest multiple of `round_interval` whose size is within the ratio, or else the smallest one.
+
+        Within means to four digits, so that a ratio copied from a table or a message finds the size it names.
+        """
         widths = range(self.round_interval, shape.hidden + 1, self.round_interval)
-        fitting = [w for w in widths if budget.achieved(*sliced_size(shape, w), shape) <= budget.ratio]
+        limit = budget.ratio + 5e-5
+        fitting = [w for w in widths if budget.achieved(*sliced_size(shape, w), shape) <= limit]
         return max(fitting, default=min(widths, default=shape.hidden))
 
     def compress(
@@ -86,14 +98,14 @@ class SliceGPT(Method):
 
     def slice(self, model: PreTrainedModel, width: int, calibration: Calibration, context: Context) -> PreTrainedModel:
         """Slice to a given width d <= D (d = D is a change of basis and nothing else)."""
+        if model.device.type == "mps":
+            raise UserError("slicegpt computes in fp64, which this device does not have. Use --device cpu.")
         with torch.no_grad():
             decoder = modeling.Decoder(model)
             fold_norms(decoder)
-            calls = list(modeling.layer_calls(decoder, calibration.batches(BATCH_SIZE)))
-            masks = [batch.mask for batch in calibration.batches(BATCH_SIZE)]
             generator = torch.Generator().manual_seed(context.seed)
             slicer = Slicer(decoder.shape.hidden, width, generator if self.orientation == "random" else None)
-            rotate_and_slice(decoder, slicer, Signals(calls, masks), context)
+            rotate_and_slice(decoder, slicer, Signals.of(decoder, calibration, context.batch_size), context)
         return modeling.rebuild(model, {"rotated_residual": {"width": width}}, tie_word_embeddings=False)
 
 
@@ -127,41 +139,64 @@ def fold_norms(decoder: Decoder) -> None:
     _fold(decoder.final_norm, [head])
     if decoder.shape.layer_norm:
         for table in decoder.embeddings:
-            table.weight.sub_(table.weight.mean(1, keepdim=True))
+            _subtract_mean(table.weight, 1)
         for layer in decoder.layers:
             for writer in (layer.attention_output, layer.mlp_output):
-                writer.weight.sub_(writer.weight.mean(0))
+                _subtract_mean(writer.weight, 0)
                 if writer.bias is not None:
-                    writer.bias.sub_(writer.bias.mean())
+                    _subtract_mean(writer.bias, 0)
+
+
+def _subtract_mean(tensor: Tensor, axis: int) -> None:
+    """Subtract the mean along an axis, in place, in fp64 and rounded once."""
+    for part in tensor.split(CHUNK, 1 - axis) if tensor.ndim == 2 else [tensor]:
+        exact = part.double()
+        part.copy_(exact - exact.mean(axis, keepdim=True))
 
 
 def _fold(norm: nn.Module, readers: list[nn.Linear]) -> None:
-    """Move a norm's gain and shift into the linears that read it, in fp64."""
+    """Move a norm's gain and shift into the linears that read it, in fp64 and rounded once."""
     gain, shift = norm.get_parameter("weight").double(), getattr(norm, "bias", None)
     for linear in readers:
-        weight = linear.weight.double()
+        parts = linear.weight.split(CHUNK)
         if shift is not None:
+            added = torch.cat([part.double() @ shift.double() for part in parts])
             old = 0 if linear.bias is None else linear.bias.double()
-            linear.bias = torch.nn.Parameter((old + weight @ shift.double()).to(linear.weight.dtype))
-        linear.weight.copy_(weight * gain)
+            linear.bias = torch.nn.Parameter((old + added).to(linear.weight.dtype))
+        for part in parts:
+            part.copy_(part.double() * gain)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Signals:
-    """The residual stream at one point of the network, for all calibration batches, on the CPU."""
+    """The residual stream at one point of the network, for all calibration batches, kept on the CPU."""
 
-    calls: list[tuple[Tensor, dict[str, Any]]]
-    """Per batch: signal [B, T, D or d], and the keywords that every block is called with."""
+    batches: list[Tensor]
+    """Per batch: the signal, shape [B, T, D]."""
+    keywords: list[dict[str, Any]]
+    """Per batch: what every block is called with beside the signal."""
     masks: list[Tensor | None]
+    """Per batch: True where a token is real, shape [B, T]; None when all are."""
+    device: torch.device
 
-    def update(self, function: Any) -> None:
-        """Replace each batch's signal x by function(x, keywords)."""
-        self.calls = [(function(x_BTD, kwargs), kwargs) for x_BTD, kwargs in self.calls]
+    @classmethod
+    def of(cls, decoder: Decoder, calibration: Calibration, batch_size: int) -> Signals:
+        """What enters the first block."""
+        signals = cls([], [], [batch.mask for batch in calibration.batches(batch_size)], decoder.model.device)
+        for x_BTD, keywords in modeling.layer_calls(decoder, calibration.batches(batch_size)):
+            signals.batches.append(x_BTD.cpu())
+            signals.keywords.append(keywords)
+        return signals
+
+    def update(self, function: Callable[[Tensor, dict[str, Any]], Tensor]) -> None:
+        """Replace each batch's signal x by function(x, keywords), one batch at a time."""
+        for index, (x_BTD, keywords) in enumerate(zip(self.batches, self.keywords, strict=True)):
+            self.batches[index] = function(x_BTD.to(self.device), keywords).cpu()
 
     def rows(self) -> Iterator[Tensor]:
-        """Per batch, the signal of the real tokens, shape [tokens, D]."""
-        for (x_BTD, _), mask_BT in zip(self.calls, self.masks, strict=True):
-            yield x_BTD.flatten(0, 1) if mask_BT is None else x_BTD[mask_BT.bool().to(x_BTD.device)]
+        """Per batch, the signal of the real tokens in fp64, shape [tokens, D]."""
+        for x_BTD, mask_BT in zip(self.batches, self.masks, strict=True):
+            yield (x_BTD.flatten(0, 1) if mask_BT is None else x_BTD[mask_BT.bool().cpu()]).to(self.device).double()
 
 
 @dataclass(frozen=True)
@@ -175,10 +210,18 @@ class Slicer:
 
     def basis(self, signals: Signals) -> Tensor:
         """Q [D, D]: orthonormal columns, principal components of the signals, largest first."""
-        H = torch.zeros(self.hidden, self.hidden, dtype=torch.float64)
+        H = torch.zeros(self.hidden, self.hidden, dtype=torch.float64, device=signals.device)
+        tokens = 0
         for rows in signals.rows():
-            rows = rows.double()
-            H = H.to(rows.device) + rows.T @ rows
+            H += rows.T @ rows
+            tokens += len(rows)
+        if tokens < self.width:
+            raise UserError(
+                f"{tokens} calibration tokens cannot span {self.width} principal components. "
+                "Use a longer calibration text or a larger --budget."
+            )
+        if not H.isfinite().all():
+            raise UserError("the residual stream overflows on the calibration text. Use --dtype bfloat16 or float32.")
         Q = torch.linalg.eigh(H)[1].flip(1)
         if self.generator is not None:
             gaussian = torch.randn(self.width, self.width, dtype=torch.float64, generator=self.generator)
@@ -187,22 +230,26 @@ class Slicer:
 
     def cut(self, x: Tensor, Q: Tensor) -> Tensor:
         """Rows of x in the basis Q, first d components: [..., D] to [..., d]."""
-        return (x.double() @ Q[:, : self.width]).to(x.dtype)
+        return times(x, Q[:, : self.width])
+
+
+def times(x: Tensor, Q: Tensor) -> Tensor:
+    """x Q, computed in fp64 and rounded once; a few rows at a time, since a vocabulary's fp64 copy is gigabytes."""
+    return torch.cat([(rows.double() @ Q).to(x.dtype) for rows in x.split(CHUNK)])
 
 
 def read_in_basis(linears: list[nn.Linear], Q: Tensor, width: int) -> None:
     """W <- (W Q)[:, :d] for linears that read the stream."""
     for linear in linears:
-        linear.weight = torch.nn.Parameter((linear.weight.double() @ Q[:, :width]).to(linear.weight.dtype))
+        linear.weight = torch.nn.Parameter(times(linear.weight, Q[:, :width]))
         linear.in_features = width
 
 
 def write_in_basis(linear: nn.Linear, Q: Tensor, width: int) -> None:
     """W <- (Q^T W)[:d], b <- (Q^T b)[:d] for a linear that writes to the stream."""
-    dtype = linear.weight.dtype
-    linear.weight = torch.nn.Parameter((Q[:, :width].T @ linear.weight.double()).to(dtype))
+    linear.weight = torch.nn.Parameter(times(linear.weight.T, Q[:, :width]).T.contiguous())
     if linear.bias is not None:
-        linear.bias = torch.nn.Parameter((Q[:, :width].T @ linear.bias.double()).to(dtype))
+        linear.bias = torch.nn.Parameter(times(linear.bias[None], Q[:, :width])[0])
     linear.out_features = width
 
 

@@ -5,6 +5,7 @@ modules were given other shapes by the structures that `config.compression` reco
 only way a compressed model comes into being, so that what was saved is what loads.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from methods.errors import unknown
 from methods.modeling.config import (
     CompressedLlamaConfig,
     CompressedOPTConfig,
@@ -26,11 +28,14 @@ from methods.modeling.config import (
     CompressedQwen2Config,
     compressed_config,
 )
-from methods.modeling.structures import rotated_residual
+from methods.modeling.structures import removed_layers, rotated_residual
 from methods.modeling.structures.record import structures_of
 
-STRUCTURES = {rotated_residual.NAME: rotated_residual.apply}
-"""Structures that change modules. (Removed layers need nothing: `num_hidden_layers` says it all.)"""
+STRUCTURES: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
+    removed_layers.NAME: lambda model, record: None,  # `num_hidden_layers` says it all
+    rotated_residual.NAME: rotated_residual.apply,
+}
+"""What gives a dense model a structure's modules and shapes, by the structure's name."""
 
 
 class _Compressed(PreTrainedModel):
@@ -39,8 +44,9 @@ class _Compressed(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         for name, record in structures_of(config).items():
-            if name in STRUCTURES:
-                STRUCTURES[name](self, record)
+            if name not in STRUCTURES:
+                raise unknown("structure of this checkpoint", name, STRUCTURES, "A newer tomoe-bench may know it.")
+            STRUCTURES[name](self, record)
 
 
 class CompressedLlamaForCausalLM(_Compressed, LlamaForCausalLM):
@@ -94,7 +100,8 @@ def rebuild(model: PreTrainedModel, structures: dict[str, dict[str, Any]], **cha
     """
     config = compressed_config(model.config, structures, **changes)
     with no_init_weights():
-        built = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        attention = model.config._attn_implementation
+        built = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
     built.load_state_dict(model.state_dict(), assign=True)
     built.generation_config = model.generation_config
     return built.to(model.device).eval()

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.base import Batch
+from methods.errors import UserError
 from methods.modeling.families import Family, family_of
 from methods.modeling.shape import DecoderShape
 
@@ -88,8 +90,8 @@ class Decoder:
 
     @property
     def shape(self) -> DecoderShape:
-        """The shape its config describes."""
-        return self.family.shape(self.model.config.to_dict())
+        """The shape its config describes; an error for a model whose modules have other shapes already."""
+        return DecoderShape.from_config(self.model.config.to_dict())
 
     @property
     def module_list(self) -> nn.ModuleList:
@@ -149,9 +151,20 @@ class _FirstLayerReached(Exception):
     """Ends a forward pass once the first block has been called."""
 
 
+@torch.no_grad()
 def layer_calls(decoder: Decoder, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """What the first block is called with, per batch: the residual signal [B, T, D], and the keywords (mask, positions)
-    that every block receives."""
+    that every block receives.
+
+    Raises:
+        UserError: blocks differ in their kind of attention, so that one mask does not serve all.
+    """
+    kinds = set(getattr(decoder.model.config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise UserError(
+            f"blocks with different kinds of attention ({', '.join(sorted(kinds))}) are not supported by methods that "
+            "calibrate block by block. Use a model with one kind throughout, or a method that removes whole blocks."
+        )
     call: list[tuple[Tensor, dict[str, Any]]] = []
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

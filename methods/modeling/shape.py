@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from methods.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
@@ -41,11 +43,20 @@ class DecoderShape:
         """The shape that a `config.json` describes.
 
         Raises:
-            UserError: the architecture is not supported; the message names the ones that are.
+            UserError: the architecture is not supported (the message names the ones that are), or its modules have been
+                given other shapes already.
         """
         from methods.modeling.families import family_of
+        from methods.modeling.families.base import required
 
-        return family_of(config["model_type"]).shape(config)
+        (model_type,) = required(config, "model_type")
+        structures = (config.get("compression") or {}).get("structures", {})
+        if reshaped := [name for name in structures if name != "removed_layers"]:
+            raise UserError(
+                f"this model is compressed already ({', '.join(reshaped)}), and sizes are shares of a dense model. "
+                "Name the dense model it was made from."
+            )
+        return family_of(model_type).shape(config)
 
     @property
     def norm(self) -> int:

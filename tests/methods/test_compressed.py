@@ -13,10 +13,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from methods import modeling
 from methods.base import Context
 from methods.errors import UserError
+from methods.modeling.config import compressed_config
 from methods.modeling.footprint import footprint
+from methods.modeling.shape import DecoderShape
 from methods.modeling.structures.record import structures_of
 from methods.slicegpt import SliceGPT
-from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, RandomCalibration, logits, some_ids, tiny_model
+from tests.methods.test_shortgpt import silence
+from tests.methods.tiny import (
+    CONFIGS,
+    ONE_PER_FAMILY,
+    RandomCalibration,
+    assert_cache_changes_nothing,
+    logits,
+    some_ids,
+    tiny_config,
+    tiny_model,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,10 +68,7 @@ def test_loads_in_a_fresh_process(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generation_with_cache_equals_without(name: str, tmp_path: Path) -> None:
-    model = sliced(name, tmp_path)
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    ids = some_ids(1, 6)
-    assert model.generate(ids, use_cache=True, **settings).equal(model.generate(ids, use_cache=False, **settings))
+    assert_cache_changes_nothing(sliced(name, tmp_path))
 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
@@ -69,16 +78,47 @@ def test_hidden_states_are_recorded_in_the_sliced_width(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
-def test_structures_compose(name: str, tmp_path: Path) -> None:
-    """Removing a block of a sliced model, and slicing what block removal left, both round-trip."""
-    narrow_then_short = modeling.keep_layers(sliced(name, tmp_path), [0, 2, 3])
-    short = modeling.keep_layers(tiny_model(name, dtype=torch.float32), [0, 2, 3])
-    short_then_narrow = SliceGPT().slice(short, 24, RandomCalibration(), Context(scratch=tmp_path))
-    for number, model in enumerate((narrow_then_short, short_then_narrow)):
-        assert set(structures_of(model.config)) == {"rotated_residual", "removed_layers"}
-        model.save_pretrained(tmp_path / str(number))
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
-        assert logits(loaded).equal(logits(model))
+def test_slicing_what_block_removal_left(name: str, tmp_path: Path) -> None:
+    """Both structures compose: removing an identity block and changing the basis leaves the function as it is."""
+    model = tiny_model(name)
+    silence(model, 1)
+    expected = logits(model)
+    short = modeling.keep_layers(modeling.keep_layers(model, [0, 1, 2, 3]), [0, 2, 3])
+    both = SliceGPT().slice(short, 32, RandomCalibration(), Context(scratch=tmp_path))
+    assert structures_of(both.config)["removed_layers"] == {"kept": [0, 2, 3], "of": 4}
+    assert set(structures_of(both.config)) == {"rotated_residual", "removed_layers"}
+    torch.testing.assert_close(logits(both), expected, rtol=1e-9, atol=1e-9)
+    both.save_pretrained(tmp_path / "saved")
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")).equal(logits(both))
+
+
+def test_blocks_of_a_sliced_model_cannot_be_removed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Remove blocks first"):
+        modeling.keep_layers(sliced("llama-gqa", tmp_path), [0, 2, 3])
+
+
+def test_a_sliced_model_is_not_taken_for_a_dense_one(tmp_path: Path) -> None:
+    model = sliced("llama-gqa", tmp_path)
+    with pytest.raises(UserError, match=r"compressed already \(rotated_residual\)"):
+        _ = modeling.Decoder(model).shape
+    assert DecoderShape.from_config(modeling.keep_layers(tiny_model("opt"), [0, 1]).config.to_dict()).layers == 2
+
+
+def test_an_unknown_structure_is_refused(tmp_path: Path) -> None:
+    config = compressed_config(tiny_config("phi"), {"rotated_residuals": {"width": 24}})
+    with pytest.raises(UserError, match="Did you mean rotated_residual"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_rotated_block_passes_for_the_stock_one(tmp_path: Path) -> None:
+    """Device placement goes by class name, recording of outputs by class; the attention back-end stays."""
+    model = tiny_model("qwen2", dtype=torch.float32)
+    stock = type(modeling.Decoder(model).module_list[0])
+    model.set_attn_implementation("eager")
+    rotated = SliceGPT().slice(model, 24, RandomCalibration(), Context(scratch=tmp_path))
+    block = modeling.Decoder(rotated).module_list[0]
+    assert isinstance(block, stock) and type(block).__name__ == stock.__name__
+    assert rotated.config._attn_implementation == "eager"
 
 
 def test_bf16_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from methods import modeling
 from methods.base import Batch
 from methods.errors import UserError
+from methods.modeling.compressed import MODELS
+from methods.modeling.config import CONFIGS as CONFIG_CLASSES
+from methods.modeling.families import FAMILIES
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
 from tests.methods.tiny import CONFIGS, logits, some_ids, tiny_config, tiny_model
@@ -97,6 +100,7 @@ def test_unsupported_architecture_names_the_supported_ones() -> None:
     [
         ("opt", {"do_layer_norm_before": False}, "OPT-350M"),
         ("opt", {"word_embed_proj_dim": 16}, "OPT-350M"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "no weights"),
         ("phi", {"qk_layernorm": True}, "qk_layernorm"),
     ],
 )
@@ -106,8 +110,21 @@ def test_unsupported_variants_are_refused(name: str, changes: dict, message: str
 
 
 def test_incomplete_config_is_refused() -> None:
+    with pytest.raises(UserError, match="lacks model_type"):
+        DecoderShape.from_config({})
     with pytest.raises(UserError, match="lacks hidden_size"):
         DecoderShape.from_config({"model_type": "llama", "vocab_size": 3, "num_hidden_layers": 1})
+
+
+def test_mixed_kinds_of_attention_are_refused_where_one_mask_must_serve_all() -> None:
+    kinds = ["full_attention", "sliding_attention"] * 2
+    model = tiny_model("qwen2", layer_types=kinds, sliding_window=8, use_sliding_window=True)
+    with pytest.raises(UserError, match="full_attention, sliding_attention"):
+        next(iter(modeling.layer_calls(modeling.Decoder(model), [Batch(some_ids(), None)])))
+
+
+def test_every_family_has_its_config_and_its_model_class() -> None:
+    assert list(FAMILIES) == list(CONFIG_CLASSES) == [m.config_class.model_type[len("tomoe_bench_") :] for m in MODELS]  # type: ignore[union-attr]
 
 
 def test_tied_matrices_count_once() -> None:

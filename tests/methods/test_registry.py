@@ -28,6 +28,7 @@ from methods.registry import register
 @dataclass(frozen=True, kw_only=True)
 class Halve(Method):
     strength: float = 0.5
+    limit: int | None = None
     def compress(self, model, tokenizer, budget, calibration, context):
         return model
 """
@@ -70,7 +71,8 @@ def test_third_party_methods_are_found_through_their_entry_point(
     install(tmp_path, "halve = halver:Halve")
     monkeypatch.syspath_prepend(tmp_path)
     assert methods.names()[-1] == "halve"
-    configured = methods.configure("halve", {"strength": "0.25"})
+    configured = methods.configure("halve", {"strength": "0.25", "limit": "3"})
+    assert configured.limit == 3 and methods.configure("halve", {"limit": "none"}).limit is None  # type: ignore[attr-defined]
     assert configured.strength == 0.25 and configured.predict(SHAPE, Budget(ratio=0.5)) is None  # type: ignore[attr-defined]
 
 
@@ -94,6 +96,11 @@ def test_a_bad_third_party_package_is_reported(
 def test_registering_a_name_twice_or_a_non_method_fails(clean_registry: None) -> None:
     with pytest.raises(ValueError, match="registered already"):
         methods.register("dense", title="x", reference="", family="dense")(methods.get("dense"))
+    with pytest.raises(ValueError, match="family 'bananas' of twice must be one of dense, depth"):
+        methods.register("twice", title="x", reference="", family="bananas")(methods.get("dense"))
+    thawed = dataclasses.dataclass(type("Thawed", (methods.get("dense").__base__,), {"compress": None}))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a Method and a frozen"):
+        methods.register("thawed", title="x", reference="", family="dense")(thawed)
     with pytest.raises(TypeError, match="must be a Method"):
         methods.register("object", title="x", reference="", family="dense")(object)  # type: ignore[type-var]
 

@@ -29,7 +29,15 @@ from methods.shortgpt import (
     nearest_run,
 )
 from tests.methods.test_slicegpt import LLAMA_2_7B
-from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, RandomCalibration, logits, some_ids, tiny_model
+from tests.methods.tiny import (
+    CONFIGS,
+    ONE_PER_FAMILY,
+    RandomCalibration,
+    assert_cache_changes_nothing,
+    logits,
+    some_ids,
+    tiny_model,
+)
 
 
 def compress(model: PreTrainedModel, budget: Budget, tmp_path: Path, method: ShortGPT | None = None) -> PreTrainedModel:
@@ -156,9 +164,7 @@ def test_all_but_one_block_removed_equals_a_one_block_model(name: str, tmp_path:
 def test_generation_with_cache_equals_without(name: str, tmp_path: Path) -> None:
     model = tiny_model(name, dtype=torch.float32)
     pruned = compress(model, remove_blocks(model, 2), tmp_path)
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    ids = some_ids(1, 6)
-    assert pruned.generate(ids, use_cache=True, **settings).equal(pruned.generate(ids, use_cache=False, **settings))
+    assert_cache_changes_nothing(pruned)
 
 
 @pytest.mark.parametrize(("ratio", "removed"), [(0.79, 7), (0.73, 9), (0.70, 10), (0.61, 13), (0.5, 17)])
@@ -178,20 +184,53 @@ def test_unreachable_ratio_says_what_can_be_reached() -> None:
         ShortGPT().predict(shape, Budget(ratio=0.01))
 
 
-def test_checkpoint_loads_in_stock_transformers(tmp_path: Path) -> None:
-    """A process that never imports this project gives the same logits, bit for bit."""
-    model = tiny_model("qwen2", dtype=torch.float32, layer_types=["full_attention"] * 4)
-    pruned = compress(model, remove_blocks(model, 1), tmp_path)
-    pruned.save_pretrained(tmp_path / "pruned")
-    save_file({"ids": some_ids(), "logits": logits(pruned)}, tmp_path / "expected.safetensors")
+def test_checkpoints_load_in_stock_transformers(tmp_path: Path) -> None:
+    """A process that never imports this project gives the same logits, bit for bit, for every family."""
+    for name in ONE_PER_FAMILY:
+        model = tiny_model(name, dtype=torch.float32)
+        pruned = compress(model, remove_blocks(model, 1), tmp_path)
+        pruned.save_pretrained(tmp_path / name)
+        save_file({"ids": some_ids(), "logits": logits(pruned)}, tmp_path / name / "expected.safetensors")
     script = (
         "import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForCausalLM\n"
-        "expected = load_file(sys.argv[2]); model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "assert model(input_ids=expected['ids']).logits.equal(expected['logits'])\n"
-        "assert not {'methods', 'benchmarks'} & set(sys.modules); print(type(model).__name__)"
+        "for path in sys.argv[1:]:\n"
+        "    expected = load_file(path + '/expected.safetensors')\n"
+        "    model = AutoModelForCausalLM.from_pretrained(path)\n"
+        "    assert model(input_ids=expected['ids']).logits.equal(expected['logits']), path\n"
+        "    print(type(model).__name__, len(model.config.compression['structures']['removed_layers']['kept']))\n"
+        "assert not {'methods', 'benchmarks'} & set(sys.modules)"
     )
-    command = [sys.executable, "-I", "-c", script, str(tmp_path / "pruned"), str(tmp_path / "expected.safetensors")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout.strip() == "Qwen2ForCausalLM", result.stderr
-    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["num_hidden_layers"] == 3
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), type(model))
+    paths = [str(tmp_path / name) for name in ONE_PER_FAMILY]
+    result = subprocess.run([sys.executable, "-I", "-c", script, *paths], capture_output=True, text=True, cwd=tmp_path)
+    classes = ("LlamaForCausalLM 3", "Qwen2ForCausalLM 3", "PhiForCausalLM 3", "OPTForCausalLM 3")
+    assert result.stdout.split("\n")[:4] == list(classes), result.stderr
+
+
+def test_per_layer_lists_of_the_config_lose_the_removed_blocks_entries(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    model = tiny_model("qwen2", dtype=torch.float32, layer_types=kinds, sliding_window=8, use_sliding_window=True)
+    silence(model, 0)
+    pruned = compress(model, remove_blocks(model, 1), tmp_path)
+    pruned.save_pretrained(tmp_path / "pruned")
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert config["layer_types"] == kinds[1:] and config["num_hidden_layers"] == 3
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")).equal(logits(pruned))
+
+
+def test_block_basis_counts_blocks_only(tmp_path: Path) -> None:
+    model = tiny_model("llama-tied")
+    dense = footprint(model)
+    pruned = compress(model, Budget(ratio=0.5, basis="block"), tmp_path)
+    assert footprint(pruned).active_block / dense.active_block == 0.5
+
+
+@pytest.mark.parametrize("metric", ["block_influence", "angular"])
+def test_nothing_to_measure_and_overflow_are_errors(metric: str, tmp_path: Path) -> None:
+    method = ShortGPT(metric=metric)  # type: ignore[arg-type]
+    model = tiny_model("llama-gqa")
+    empty, some = RandomCalibration(samples=0), RandomCalibration()
+    with pytest.raises(UserError, match="calibration text is empty"):
+        method.compress(model, None, Budget(ratio=0.7), empty, Context(scratch=tmp_path))  # type: ignore[arg-type]
+    modeling.Decoder(model).layers[1].mlp_output.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match="overflows"):
+        method.compress(model, None, Budget(ratio=0.7), some, Context(scratch=tmp_path))  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ class RandomCalibration:
         ids = torch.randint(2, SIZES["vocab_size"], (self.samples, self.window), generator=generator)
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[:, self.window - self.padded :] = False
-        for rows in torch.arange(self.samples).split(size):
+        for rows in torch.arange(self.samples).split(size) if self.samples else ():
             yield Batch(ids[rows], mask[rows] if self.padded else None)
 
 
@@ -83,3 +83,18 @@ def some_ids(batch: int = 2, tokens: int = 12, seed: int = 1) -> torch.Tensor:
 def logits(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of a model, shape [B, T, V]."""
     return model(input_ids=some_ids() if ids is None else ids).logits
+
+
+@torch.no_grad()
+def assert_cache_changes_nothing(model: PreTrainedModel) -> None:
+    """Feeding tokens one by one through a cache gives the logits of one pass; greedy `generate` agrees with itself."""
+    ids = some_ids(2, 9)
+    whole = logits(model, ids)
+    output = model(input_ids=ids[:, :4], use_cache=True)
+    parts = [output.logits]
+    for position in range(4, 9):
+        output = model(input_ids=ids[:, position, None], past_key_values=output.past_key_values, use_cache=True)
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert model.generate(ids, use_cache=True, **settings).equal(model.generate(ids, use_cache=False, **settings))

@@ -21,6 +21,8 @@ def shape(config: Mapping[str, Any]) -> DecoderShape:
         raise UserError(
             "OPT-350M (post-norm, projected embeddings) is not supported. Use another OPT size, for example opt-125m."
         )
+    if not config.get("layer_norm_elementwise_affine", True):
+        raise UserError("OPT models whose LayerNorms have no weights are not supported. Use one of the opt-* sizes.")
     bias = config.get("enable_bias", True)
     return DecoderShape(
         vocabulary=vocabulary,

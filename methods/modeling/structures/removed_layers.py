@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from methods.errors import UserError
 from methods.modeling.decoder import Decoder
-from methods.modeling.structures.record import add_structure
+from methods.modeling.structures import rotated_residual
+from methods.modeling.structures.record import add_structure, structures_of
 
 NAME = "removed_layers"
 
@@ -16,7 +18,16 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
     The cache slot of every block (`layer_idx`) and the per-layer lists of the config follow, so that generation with
     a cache is right and the saved checkpoint loads in stock transformers.
+
+    Raises:
+        UserError: the residual stream is rotated, so that neighbouring blocks only fit each other.
     """
+    earlier = structures_of(model.config)
+    if rotated_residual.NAME in earlier:
+        raise UserError(
+            "blocks of a sliced model cannot be removed: each one reads the basis that the one before it writes. "
+            "Remove blocks first and slice what is left."
+        )
     decoder = Decoder(model)
     before = len(decoder.module_list)
     layers = [decoder.module_list[index] for index in kept]
@@ -30,5 +41,6 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         if name.endswith("layer_types") and isinstance(value, list) and len(value) == before:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(layers)
-    add_structure(config, NAME, {"kept": list(kept), "of": before})
+    record = earlier.get(NAME, {"kept": list(range(before)), "of": before})
+    add_structure(config, NAME, {**record, "kept": [record["kept"][index] for index in kept]})
     return model

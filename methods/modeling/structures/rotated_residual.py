@@ -91,9 +91,9 @@ class ParallelRotatedBlock(RotatedBlock):
 
 @cache
 def _rotated_class(stock: type[nn.Module], rotated: type[RotatedBlock]) -> type[nn.Module]:
-    """The stock layer class with the rotated forward: still an instance of the stock class, so that transformers'
-    recording of hidden states, checkpointing and device placement find it."""
-    return type(f"Rotated{stock.__name__}", (rotated, stock), {})
+    """The stock layer class with the rotated forward. It is a subclass and bears the same name, so that transformers'
+    recording of hidden states, checkpointing and device placement (which goes by name) treat it as the stock layer."""
+    return type(stock.__name__, (rotated, stock), {})
 
 
 def replace_norm(module: nn.Module, name: str, hidden: int) -> None:
@@ -127,7 +127,7 @@ def apply(model: PreTrainedModel, record: dict[str, Any]) -> None:
         record: `{"width": d}`.
     """
     decoder, width, hidden = Decoder(model), record["width"], model.config.hidden_size
-    reads_shift = decoder.shape.layer_norm
+    reads_shift = decoder.family.shape(model.config.to_dict()).layer_norm
     for table in decoder.embeddings:
         _resize(table, table.num_embeddings, width)
     last = len(decoder.layers) - 1
