@@ -42,6 +42,8 @@ def run(argv: Sequence[str]) -> int:
     checks.before_start(request, jobs, arguments.workers)
     # Planned again: the checks may have fetched what identifies the weights of a hub model.
     todo = [job for job in plan.jobs(request) if not job.finished()]
+    if request.only_evaluate:
+        checks.check_checkpoints(todo)
     with display(sys.stderr) as show:
         outcomes = executors.execute(
             todo, executor=arguments.executor, workers=arguments.workers, fail_fast=arguments.fail_fast, show=show

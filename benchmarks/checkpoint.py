@@ -4,12 +4,14 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import data, models, record, store
 from benchmarks.job import Job
@@ -29,26 +31,36 @@ def make(job: Job, progress: Tracker) -> None:
     load_s, dense = laps.lap(), footprint(model)
     model, revisions = _compress(job, model, tokenizer, progress)
     compress_s = laps.lap()
-    partial = job.scratch / "partial"
+    with _arriving(job.scratch / "checkpoint") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        measured = {
+            "size": _size(job, dense, footprint(model), partial),
+            "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
+            "memory": memory(),
+            "provenance": {"dataset_revisions": revisions, "task_versions": {}} | record.origin(job),
+        }
+        store.write_json(record.measured_file(partial), measured)
+        store.write_json(job.folder / "structure.json", _structure(model))
+
+
+@contextmanager
+def _arriving(target: Path) -> Iterator[Path]:
+    """A folder to fill, beside `target`, which it then becomes; after a failure nothing is left of it."""
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    measured = {
-        "size": _size(job, dense, footprint(model), partial),
-        "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
-        "memory": memory(),
-        "provenance": {"dataset_revisions": revisions, "task_versions": {}},
-    }
-    store.write_json(record.measured_file(partial), measured)
-    store.write_json(job.folder / "structure.json", _structure(model))
-    partial.rename(job.scratch / "checkpoint")
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(location: str | Path, job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in the cell's dtype on the cell's device, ready to be evaluated, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, job.cell.dtype))
     model.to(job.device)  # pyright: ignore[reportArgumentType]  (transformers' decorated `to` loses its self)
-    return model.eval(), AutoTokenizer.from_pretrained(location)
+    return model.eval(), models.load_tokenizer(location)
 
 
 def _compress(
@@ -92,10 +104,8 @@ def keep(job: Job) -> None:
     made = job.scratch / "checkpoint"
     if job.kept is None or job.kept.is_dir() or not made.is_dir():
         return
-    arriving = job.kept.with_name(f".{job.kept.name}.arriving")
-    shutil.rmtree(arriving, ignore_errors=True)
-    shutil.copytree(made, arriving)
-    arriving.rename(job.kept)
+    with _arriving(job.kept) as partial:
+        shutil.copytree(made, partial)
     shutil.rmtree(made)
 
 

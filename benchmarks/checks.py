@@ -1,6 +1,9 @@
-"""What must be true before the first cell starts, so that nobody waits an hour for an error known at once. No torch."""
+"""What must be true before the first cell starts, so that nobody waits an hour for an error known at once.
 
-import re
+Only a device other than the CPU needs torch for it.
+"""
+
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 from benchmarks import data, models, plan, tasks
 from benchmarks.job import Job
 from benchmarks.plan import Request
+from benchmarks.tasks import Task
 from methods.errors import UserError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -20,25 +24,27 @@ def before_start(request: Request, jobs: list[Job], workers: int) -> None:
     Raises:
         UserError: the first thing that stands in the way.
     """
-    check_device(request.device)
+    check_device(plan.device_of(request.device))
     for folder in filter(None, (request.out, request.checkpoints)):
         check_writable(folder)
     todo = [job for job in jobs if not job.finished()]
-    check_room(request.out, todo, workers)
-    if request.only_evaluate:
-        check_checkpoints(todo)
+    check_room(todo, workers)
     for name in dict.fromkeys(job.model for job in todo):
         check_inputs(request, [job for job in todo if job.model == name])
 
 
 def check_device(device: str) -> None:
-    """A name that torch knows, and a CUDA device where one is asked for."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise UserError(f"--device {device} is not a device. Type --device cpu, cuda, cuda:0 or mps, or leave it out.")
-    if device.startswith("cuda") and not plan.has_accelerator():
+    """A device that torch can use."""
+    if device == "cpu":
+        return
+    import torch
+
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
+    if int(number or 0) >= count:
         raise UserError(
-            f"--device {device}: no CUDA device is in reach (no NVIDIA driver here, or a CPU build of torch). "
-            "Type --device cpu, or leave it out; the README says how to get a CUDA build."
+            f"--device {device}: torch {torch.__version__} can use {count} {kind} devices here. Type --device cpu, or "
+            "look at the driver, at CUDA_VISIBLE_DEVICES and at the build of torch; the README says how to get another."
         )
 
 
@@ -56,15 +62,29 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
-def check_room(out: Path, jobs: list[Job], workers: int) -> None:
-    """Each running cell needs room for one checkpoint in its scratch folder."""
-    sizes = [shape.total * BYTES[job.cell.dtype] for job in jobs if (shape := models.resolve(job.model).shape)]
-    needed, free = max(sizes, default=0) * workers, shutil.disk_usage(out).free
+def check_room(jobs: list[Job], workers: int) -> None:
+    """Each running cell needs room for one checkpoint in its scratch folder, each kept checkpoint for itself."""
+    sizes = [(job, shape.total * BYTES[job.cell.dtype]) for job in jobs if (shape := models.resolve(job.model).shape)]
+    making = max((size for _, size in sizes), default=0) * workers
+    keeping = sum(job.cell.ratio * size for job, size in sizes if job.kept and not job.kept.is_dir())
+    for job in jobs[:1]:
+        _check_free(job.out, making, f"the checkpoints in the making of --workers {workers}")
+        if job.checkpoints:
+            _check_free(job.checkpoints, keeping, "the checkpoints to keep")
+
+
+def _check_free(folder: str, needed: float, what: str) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"The disk of {out} has {free / 1e9:.1f} GB free, and --workers {workers} needs {needed / 1e9:.1f} GB for "
-            "checkpoints in the making. Make room, give another --out, or fewer --workers."
+            f"The disk of {folder} has {size_text(free)} free, and {what} need about {size_text(needed)}. "
+            "Make room, give another --out or --checkpoints, or fewer --workers."
         )
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest fitting unit."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def check_checkpoints(jobs: list[Job]) -> None:
@@ -78,7 +98,33 @@ def check_inputs(request: Request, jobs: list[Job]) -> None:
     """The weights and texts of one model's cells can be had."""
     model = models.resolve(jobs[0].model)
     model.check(request.offline)
-    if any(job.cell.calibration for job in jobs):
-        data.check(jobs[0].source, "calibration", request.offline)
+    for job in [job for job in jobs if job.cell.calibration][:1]:  # all have the same
+        data.check(job.source, "calibration", request.offline)
+        check_calibration(job)
     for task in {task for job in jobs for task in job.missing()}:
         tasks.check(task, request.offline)
+        check_length(task)
+
+
+def check_calibration(job: Job) -> None:
+    """A local text has enough tokens for the windows, which start at different places."""
+    source, most = job.cell.calibration, most_tokens(job.source, "calibration")
+    if source and most < source.samples + source.window - 1:
+        raise UserError(
+            f"the calibration text {job.source} has at most {most} tokens, too few for {source.samples} different "
+            f"windows of {source.window}. Use a longer text (--calibration), or a smaller --budget."
+        )
+
+
+def check_length(task: Task) -> None:
+    """A local text has enough tokens for one perplexity window."""
+    if task.kind == "ppl" and (most := most_tokens(task.source, "test")) < task.window:
+        raise UserError(
+            f"the test part of {task.source} has at most {most} tokens, fewer than one window of {task.window}. "
+            f"Use a longer text, or a shorter window: ppl:{task.source}@{max(2, most // 2)}"
+        )
+
+
+def most_tokens(source: str, split: data.Split) -> float:
+    """A token stands for a byte at least, but for one that starts the text. Of a named text no bound is known."""
+    return math.inf if source in data.names() else len(data.load(source, split).content.encode()) + 1

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     run = options.add_argument_group("what to run of it")
     run.add_argument("--plan", action="store_true", help="print the matrix and what it will cost; run nothing")
-    run.add_argument("--force", action="store_true", help="run finished cells again")
+    run.add_argument("--force", action="store_true", help="compress and measure the --tasks again; others stay")
     run.add_argument("--only-evaluate", action="store_true", help="never compress; checkpoints must be there")
     run.add_argument("--fail-fast", action="store_true", help="start no cell after the first failure")
     run.add_argument("--list", choices=LISTS, help="print the names that are known; run nothing")
@@ -85,7 +85,7 @@ def request(arguments: argparse.Namespace, argv: Sequence[str]) -> Request:
     Raises:
         UserError: an option is missing or its value malformed.
     """
-    chosen = methods.names() if arguments.methods == ["all"] else arguments.methods
+    chosen = [name for asked in arguments.methods for name in (methods.names() if asked == "all" else [asked])]
     _require(arguments, chosen)
     return Request(
         models=tuple(arguments.models),

@@ -110,13 +110,18 @@ def check(name: str, split: Split, offline: bool) -> None:
             load(source, split)
 
 
-@cache
 def load(name: str, split: Split) -> Text:
     """The text of one split.
 
     Raises:
         UserError: an unknown source or split, an empty or malformed file, a missing asset package.
     """
+    return _load(name, split, label(name))
+
+
+@cache
+def _load(name: str, split: Split, _label: str) -> Text:
+    """As `load`; the label stands for a local file's content, so that a changed file is read again."""
     _check_split(name, split)
     if name in HUB:
         content, revision = _from_hub(HUB[name], split)
@@ -132,15 +137,20 @@ def load(name: str, split: Split) -> Text:
 
 
 def label(name: str) -> str:
-    """A source's name as metrics and files call it: a local file's is its stem."""
-    return name if name in SPLITS else Path(name).stem
+    """A source's name as metrics and files call it: a local file's has a hash of its content, as in `text-1f0e3dad`.
+
+    Raises:
+        UserError: an unknown source, or a file that cannot be read.
+    """
+    if name in SPLITS:
+        return name
+    if Path(name).suffix not in SUFFIXES:
+        raise unknown("text", name, names(), "The path of a .txt or .jsonl file works too.")
+    return f"{Path(name).stem}-{_from_file(Path(name))[1][:8]}"
 
 
 def _check_split(name: str, split: Split) -> None:
-    if name not in SPLITS:
-        if Path(name).suffix not in SUFFIXES:
-            raise unknown("text", name, names(), "The path of a .txt or .jsonl file works too.")
-    elif split not in SPLITS[name]:
+    if split not in SPLITS.get(name, (split,)):
         others = ", ".join(other for other, splits in SPLITS.items() if split in splits)
         raise UserError(f"{name} has no {split} split (only {SPLITS[name][0]}). Use one of: {others}.")
 

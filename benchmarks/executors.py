@@ -8,12 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 
 from benchmarks import record, store
 from benchmarks.job import Job
 from benchmarks.progress import Event, Show, Tracker, prefixed
+from methods.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,30 @@ def _child(job: Job, threads: str, show: Show) -> Outcome:
         if ends:
             return Outcome(job, ends[-1])
         error = f"its process ended by {_reason(code)} without a word; see {job.log}"
-        store.write_record(job.record, record.assemble(job, error))
+        _write_failure(job, error)
         return Outcome(job, error)
+    except UserError as error:
+        return Outcome(job, str(error))
     except OSError as error:
         return Outcome(job, f"{job.folder}: {error.strerror}")
+
+
+def _write_failure(job: Job, error: str) -> None:
+    """The record of a cell whose process is gone; one that is finished, perhaps by another run, stays as it is."""
+    with job.locked():
+        if not replace(job, force=False).finished():
+            store.write_record(job.record, record.assemble(job, error))
 
 
 def _run_child(job: Job, threads: str, show: Show) -> tuple[list[str | None], int]:
     """What the child said at its end (nothing if it was killed), and its exit status.
 
-    The child's standard output carries events and the outcome, its standard error is the log. Nothing is ever written
-    to its standard input: that ends when this process does, and the child with it. A group of its own keeps Ctrl-C on
-    the terminal from it, so that an interrupted cell is not taken for a failed one.
+    The child's standard output carries events and the outcome, its standard error is the log. Its standard input
+    brings the job and then nothing: that ends when this process does, and the child with it. A group of its own keeps
+    Ctrl-C on the terminal from it, so that an interrupted cell is not taken for a failed one.
     """
-    specification = job.scratch / "job.json"
-    store.write_atomically(specification, job.to_json())
-    command = [sys.executable, "-m", "benchmarks.cell", str(specification.resolve())]
+    job.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.child"]
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     pipe = subprocess.PIPE
     with (
@@ -105,7 +114,10 @@ def _run_child(job: Job, threads: str, show: Show) -> tuple[list[str | None], in
             command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True, process_group=0
         ) as child,
     ):
-        assert child.stdout is not None
+        assert child.stdin is not None and child.stdout is not None
+        with suppress(BrokenPipeError):  # a child that is gone already is told by its exit status
+            child.stdin.write(job.to_json() + "\n")
+            child.stdin.flush()
         ends = list(_relay(child.stdout, prefixed(show, job.label)))
         return ends, child.wait()
 
@@ -113,7 +125,10 @@ def _run_child(job: Job, threads: str, show: Show) -> tuple[list[str | None], in
 def _relay(lines: Iterable[str], show: Show) -> Iterator[str | None]:
     """Show the events among a child's lines, and yield its outcome."""
     for line in lines:
-        message = json.loads(line)
+        try:
+            message = json.loads(line)
+        except ValueError:  # the last line of a killed child may be cut short
+            return
         if "error" in message:
             yield message["error"]
         else:

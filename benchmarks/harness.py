@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from benchmarks import hub
 from benchmarks.metric import Metric
-from benchmarks.tasks import Task, definition, task_folder
+from benchmarks.tasks import Task, definition, shots_label, task_folder
 from methods.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,11 +30,15 @@ FEWSHOT_SEED = 1234
 
 
 class TrackedLM(_Base):
-    """A model in memory whose log-likelihood requests show their progress; lm-eval's own bars stay off."""
+    """A model in memory whose log-likelihood requests show their progress; lm-eval's own bars stay off.
+
+    lm-eval cuts the beginning off a prompt that the model has no room for; how often is counted.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, progress: "Progress", label: str) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._progress, self._label, self._step = progress, label, BATCHES_PER_STEP * batch_size
+        self.requests, self.truncated = 0, 0
 
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood, is it the greedy choice) of each request."""
@@ -47,6 +51,20 @@ class TrackedLM(_Base):
             answers |= dict(zip(step, found, strict=True))
         return [answers[index] for index in range(len(requests))]
 
+    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+        # The last token is predicted, never fed, so one more fits.
+        self._count([len(context) + len(continuation) - 1 for _, context, continuation in requests], self.max_length)
+        return super()._loglikelihood_tokens(requests, *arguments, **options)
+
+    def tok_batch_encode(self, strings: list[str], *arguments: Any, left_truncate_len: int, **options: Any) -> Any:
+        """The prompts of one batch to generate from, cut to their last `left_truncate_len` tokens."""
+        self._count([len(self.tok_encode(text)) for text in strings], left_truncate_len)
+        return super().tok_batch_encode(strings, *arguments, left_truncate_len=left_truncate_len, **options)
+
+    def _count(self, lengths: list[int], limit: int) -> None:
+        self.requests += len(lengths)
+        self.truncated += sum(length > limit for length in lengths)
+
 
 def evaluate(
     task: Task,
@@ -58,28 +76,41 @@ def evaluate(
 ) -> tuple[dict[str, Metric], dict[str, dict[str, str]]]:
     """Run one task or group; see `benchmarks.tasks.evaluate`."""
     loaded = _load(task)
+    labels = _labels(loaded)
     lm = TrackedLM(model, tokenizer, settings.batch_size, progress, task.name)
     results: Any = lm_evaluate(lm, loaded, limit=settings.documents)
     for name, samples in results["samples"].items():
-        write_samples(samples, samples_dir / f"{name}@{task.shots}shot.jsonl.gz")
-    versions = {f"{name}@{task.shots}shot": str(version) for name, version in results["versions"].items()}
+        write_samples(samples, samples_dir / f"{name}@{labels[name]}.jsonl.gz")
+    metrics = _metrics(results, labels)
+    if lm.truncated:
+        shots = task.name.rpartition("@")[2]
+        metrics[f"{task.source}/truncated_requests@{shots}"] = Metric(float(lm.truncated), None, lm.requests)
+    versions = {f"{name}@{labels[name]}": str(version) for name, version in results["versions"].items()}
     revisions = {name: _revision(leaf.dataset) for name, leaf in loaded["tasks"].items()}
-    return _metrics(results, task.shots), {"dataset_revisions": revisions, "task_versions": versions}
+    return metrics, {"dataset_revisions": revisions, "task_versions": versions}
 
 
 def _load(task: Task) -> Any:
-    """lm-eval's task objects, set to the asked number of solved examples."""
+    """lm-eval's task objects, set to the asked number of solved examples, else each to its own."""
     folder = task_folder(definition(task.source))
     # Indexing everything takes ten seconds, one folder milliseconds; only `benchmarks` refers to other folders.
     everything = folder.name == "benchmarks"
     manager = TaskManager(include_path=None if everything else str(folder), include_defaults=everything)
     loaded: Any = manager.load([task.source])
     for leaf in loaded["tasks"].values():
-        if task.shots and leaf.get_config("num_fewshot") == 0:
+        own = leaf.get_config("num_fewshot")
+        if task.forced and task.shots and own == 0:
             raise UserError(f"lm-eval fixes {leaf.task_name} at zero shots. Type: --tasks {task.source}@0shot")
-        leaf.set_config(key="num_fewshot", value=task.shots)
+        leaf.set_config(key="num_fewshot", value=task.shots if task.forced else own or 0)
         leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
+
+
+def _labels(loaded: Any) -> dict[str, str]:
+    """How many solved examples each task and group has, as in `5shot`."""
+    members = {name: group.get_all_tasks() for name, group in loaded["groups"].items()}
+    members |= {name: [leaf] for name, leaf in loaded["tasks"].items()}
+    return {name: shots_label({leaf.get_config("num_fewshot") for leaf in members[name]}) for name in members}
 
 
 def _revision(splits: Any) -> str:
@@ -87,7 +118,7 @@ def _revision(splits: Any) -> str:
     return next((hub.prepared_commit(rows) for rows in splits.values()), "unknown")
 
 
-def _metrics(results: dict[str, Any], shots: int) -> dict[str, Metric]:
+def _metrics(results: dict[str, Any], labels: dict[str, str]) -> dict[str, Metric]:
     """Every number of every task and group: `arc_easy/acc_norm@0shot`."""
     metrics = {}
     for name, row in results["results"].items():
@@ -97,7 +128,7 @@ def _metrics(results: dict[str, Any], shots: int) -> dict[str, Metric]:
                 error = row.get(f"{metric}_stderr,{kind}")
                 stderr = float(error) if isinstance(error, float | int) and math.isfinite(error) else None
                 label = metric if kind == "none" else f"{metric}[{kind}]"
-                metrics[f"{name}/{label}@{shots}shot"] = Metric(float(value), stderr, row["sample_len"])
+                metrics[f"{name}/{label}@{labels[name]}"] = Metric(float(value), stderr, row["sample_len"])
     return metrics
 
 

@@ -3,12 +3,19 @@
 `huggingface_hub` keeps models and `datasets` keeps prepared data sets in caches of their own; both are looked at here.
 """
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from methods.errors import UserError
+
+WEIGHTS = "model.safetensors"
+
+
+class OutOfReach(UserError):
+    """The hub does not answer, which does not matter for what is whole in the cache."""
 
 
 def cached(repository: str, file: str) -> Path | None:
@@ -17,6 +24,22 @@ def cached(repository: str, file: str) -> Path | None:
 
     path = try_to_load_from_cache(repository, file)
     return Path(path) if isinstance(path, str) else None
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """The weight files that a checkpoint's folder lacks: its index names the shards, without one there is one file.
+
+    Raises:
+        UserError: the index cannot be read.
+    """
+    index = folder / f"{WEIGHTS}.index.json"
+    try:
+        files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {WEIGHTS}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f'{index} is damaged: it is not JSON with a "weight_map". Copy or download the checkpoint again.'
+        ) from None
+    return sorted(file for file in files if not (folder / file).is_file())
 
 
 def cached_dataset(repository: str, config: str, split: str = "") -> bool:
@@ -28,7 +51,8 @@ def cached_dataset(repository: str, config: str, split: str = "") -> bool:
     snake_case = re.sub(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
     # The layout is <org>___<name>/<config>[-<hash of data files>]/<version>/<commit>/<name>-<split>.arrow
     files = root.glob(f"{organisation}___{snake_case}/{config}*/*/*/*.arrow")
-    return any(f"-{split}" in file.name for file in files)
+    # While a data set is being prepared, its <commit> ends in .incomplete.
+    return any(f"-{split}" in file.name and file.parent.suffix != ".incomplete" for file in files)
 
 
 def prepared_commit(rows: Any) -> str:
@@ -45,12 +69,16 @@ def check_model(repository: str, offline: bool) -> None:
     from huggingface_hub import constants
 
     command = f"hf download {repository}"
-    if offline or constants.HF_HUB_OFFLINE:
-        config = cached(repository, "config.json")
-        if not config or not list(config.parent.glob("*.safetensors")):
-            raise _absent(f"the model {repository}", constants.HF_HUB_CACHE, command)
-    else:
-        _ask(repository, "model", "config.json", command)
+    config = cached(repository, "config.json")
+    whole = config is not None and not missing_weights(config.parent)
+    if not (offline or constants.HF_HUB_OFFLINE):
+        try:
+            _ask(repository, "model", "config.json", command)
+        except OutOfReach:
+            if not whole:
+                raise
+    elif not whole:
+        raise _absent(f"the model {repository}", constants.HF_HUB_CACHE, command)
 
 
 def check_dataset(repository: str, config: str, offline: bool, split: str = "", command: str = "") -> None:
@@ -75,7 +103,7 @@ def check_dataset(repository: str, config: str, offline: bool, split: str = "", 
 
 def _absent(what: str, where: str, command: str) -> UserError:
     return UserError(
-        f"{what} is not in the local cache ({where}) and this run may not ask the hub. "
+        f"{what} is not whole in the local cache ({where}) and this run may not ask the hub. "
         f"Type, where there is a network: {command}"
     )
 
@@ -96,7 +124,7 @@ def _ask(repository: str, kind: str, file: str, command: str) -> None:
         raise UserError(f"the hub has no public {kind} {repository}. Check the name, or type: hf auth login") from None
     except Exception as error:  # whatever the HTTP library of the day raises when the hub is out of reach
         reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"the {kind} {repository} is not in the local cache and the hub cannot be reached ({reason}). "
+        raise OutOfReach(
+            f"the {kind} {repository} is not whole in the local cache and the hub cannot be reached ({reason}). "
             f"Type, where there is a network: {command}"
         ) from None

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,9 @@ from benchmarks.presets import PRESETS, Preset
 from benchmarks.tasks import Task
 from methods.base import Budget, Method, Prediction
 from methods.errors import UserError
+
+LOCK_SECONDS = 60
+"""How long a cell waits for the process of a run that was just killed to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ class Job:
     device: str
     """Where torch computes."""
     force: bool
-    """Forget what an earlier run finished."""
+    """Measure the asked tasks again, and compress again unless only evaluation is asked for."""
     only_evaluate: bool
     """Never compress: the checkpoint must be there."""
     command: str
@@ -139,8 +143,8 @@ class Job:
 
     @property
     def kept(self) -> Path | None:
-        """Where the checkpoint is to stay after the run."""
-        return self._below(self.checkpoints) if self.checkpoints else None
+        """Where the checkpoint is to stay after the run: a folder of its own, as `--checkpoints` may name `--out`."""
+        return self._below(self.checkpoints) / "checkpoint" if self.checkpoints else None
 
     @property
     def checkpoint(self) -> Path:
@@ -169,22 +173,45 @@ class Job:
         shape = models.resolve(self.model).shape
         return self.method.predict(shape, self.budget) if shape else None
 
-    def previous(self) -> store.Record | None:
-        """The record of an earlier run, unless `--force` says to forget it."""
-        return None if self.force else store.read_record(self.record)
+    def settled(self) -> set[str]:
+        """Tasks in the record that are not to be measured again."""
+        record = None if self.force else store.read_record(self.record)
+        return set(record["provenance"]["task_versions"]) if record else set()
 
     def missing(self) -> list[Task]:
-        """The asked tasks that the record lacks."""
-        record = self.previous()
-        present = record["provenance"]["task_versions"] if record else {}
+        """The asked tasks that are not in the record; with `--force` all of them.
+
+        Only the names are looked at: a task of another version is in the record too, and reports tell versions apart.
+        """
+        settled = self.settled()
         asked = tasks.expand(self.tasks, models.resolve(self.model), self.cell.budget)
-        return [task for task in asked if task.name not in present]
+        return [task for task in asked if task.name not in settled]
 
     def finished(self) -> bool:
         """Whether nothing is left to do: every task is in the record, and the checkpoint where it is to be kept."""
-        record = self.previous()
+        record = store.read_record(self.record)
         kept = self.kept is None or self.kept.is_dir()
-        return record is not None and record["status"] == "done" and kept and not self.missing()
+        done = record is not None and record["status"] == "done"
+        return done and kept and not self.force and not self.missing()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the cell's lock, so that two runs never write into one folder.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.lock, timeout=LOCK_SECONDS):
+                yield
+        except Timeout:
+            raise UserError(
+                f"Another run is working on {self.label} in {self.folder}. Let it finish and repeat the command: "
+                "what it finished will be skipped. Or give another --out."
+            ) from None
 
     def without_checkpoint(self) -> UserError:
         """The error of `--only-evaluate` where there is nothing to evaluate."""

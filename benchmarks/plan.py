@@ -5,7 +5,8 @@
 prints it with the expected cost, and runs nothing.
 """
 
-import hashlib
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from benchmarks import data, models, tasks
 from benchmarks.job import Cell, Job, Source
 from benchmarks.models import Model
 from benchmarks.presets import PRESETS, Preset
-from methods.errors import unknown
+from methods.errors import UserError, unknown
 
 __all__ = ["PRESETS", "Preset", "Request", "jobs"]
 
@@ -58,7 +59,7 @@ class Request:
     offline: bool
     """Nothing is fetched."""
     force: bool
-    """Forget what is finished."""
+    """Do again what is finished."""
     only_evaluate: bool
     """Never compress."""
     command: str
@@ -72,6 +73,7 @@ def jobs(request: Request) -> list[Job]:
         UserError: an unknown name, an impossible value or a ratio out of a method's reach.
     """
     _check_settings(request)
+    _check_device(request.device)
     return [job for name in dict.fromkeys(request.models) for job in _jobs_of(request, name)]
 
 
@@ -80,6 +82,11 @@ def _check_settings(request: Request) -> None:
     for method in request.settings:
         if method not in request.methods:
             raise unknown("method of --set", method, request.methods, "Add it to --methods, or drop the --set.")
+
+
+def _check_device(name: str) -> None:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is not a device. Type --device cpu, cuda, cuda:0 or mps, or leave it out.")
 
 
 def _jobs_of(request: Request, name: str) -> Iterator[Job]:
@@ -128,7 +135,10 @@ def _job(request: Request, name: str, model: Model, method: str, ratio: float, s
         only_evaluate=request.only_evaluate,
         command=request.command,
     )
-    job.prediction()
+    try:
+        job.prediction()
+    except UserError as error:
+        raise UserError(f"{model.name}: {error}") from None
     return job
 
 
@@ -136,13 +146,7 @@ def _calibration(source: str, model: Model, preset: Preset) -> Source:
     """What identifies the calibration: of a file its content too, and the window that fits the model."""
     _check_source(source, "calibration")
     window = min(preset.calibration_window, model.shape.max_positions) if model.shape else preset.calibration_window
-    return Source(name=_identity(source), samples=preset.calibration_samples, window=window)
-
-
-def _identity(source: str) -> str:
-    if source in data.names():
-        return source
-    return f"{data.label(source)}-{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:8]}"
+    return Source(name=data.label(source), samples=preset.calibration_samples, window=window)
 
 
 def _check_source(source: str, split: data.Split) -> None:
@@ -153,7 +157,8 @@ def _check_source(source: str, split: data.Split) -> None:
 
 def has_accelerator() -> bool:
     """Whether a CUDA device and a torch that can use it are there, found without importing torch."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) and not version("torch").endswith("+cpu")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return any(Path("/dev").glob("nvidia[0-9]*")) and not hidden and not version("torch").endswith("+cpu")
 
 
 def device_of(name: str) -> str:

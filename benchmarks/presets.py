@@ -36,7 +36,7 @@ PRESETS = {
     for preset in (
         Preset(
             name="smoke",
-            calibration_samples=4,
+            calibration_samples=8,
             calibration_window=128,
             ppl_windows=2,
             ppl_lengths=(512,),

@@ -1,15 +1,18 @@
 """From what a cell left in its scratch folder to its record. Needs no torch, so it also serves a cell that died.
 
 A cell leaves `checkpoint/measured.json` (sizes and times of the compression, moved into place together with the
-weights) and one `tasks/<task>.json` per finished task. A record is these, laid over the cell's previous record.
+weights) and one `tasks/<task>.json` per finished task. A record is these, laid over the cell's previous record. Its
+provenance is that of the last run; `provenance.tasks` says of each task, and of the `compression`, that another run
+measured which run that was.
 """
 
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from benchmarks.tasks import Task
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 ROOT = Path(__file__).parents[1]
 STARTED = datetime.now(UTC).isoformat(timespec="seconds")
+ORIGIN = ("git_commit", "git_dirty", "versions", "device", "started", "command")
+"""What of the provenance tells one run from another."""
 
 
 def measured_file(checkpoint: Path) -> Path:
@@ -35,19 +40,19 @@ def task_file(job: Job, task: Task) -> Path:
 
 def assemble(job: Job, error: str | None) -> store.Record:
     """The record of a cell as it stands: `done`, or `failed` with what is measured so far."""
-    previous = job.previous() or store.EMPTY
-    measured = _read(measured_file(job.checkpoint)) or previous
-    results = _results(job, previous)
-    parts = [previous, measured, *results]
+    previous, made, results = store.read_record(job.record), _read(measured_file(job.checkpoint)), _results(job)
+    parts = [part for part in (previous, made, *results) if part]
+    measured = made or previous or store.EMPTY
+    evaluated = previous["time"]["evaluate_s"] if previous and not job.force else 0.0
     return {
         "schema": store.SCHEMA,
         "status": "failed" if error else "done",
         "cell": job.cell.recorded(),
         "size": measured["size"],
-        "metrics": _merged([part["metrics"] for part in (previous, *results)]),
-        "time": _time(measured["time"], previous["time"]["evaluate_s"], results),
+        "metrics": _merged(part.get("metrics", {}) for part in parts),
+        "time": _time(measured["time"], evaluated, results),
         "memory": _peak([part["memory"] for part in parts]),
-        "provenance": _provenance(job, [part["provenance"] for part in parts]),
+        "provenance": _provenance(job, parts),
         "error": error,
     }
 
@@ -56,11 +61,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _results(job: Job, previous: store.Record) -> list[dict[str, Any]]:
+def _results(job: Job) -> list[dict[str, Any]]:
     """Finished tasks that the previous record does not hold yet."""
-    present = previous["provenance"]["task_versions"]
+    settled = job.settled()
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((job.scratch / "tasks").glob("*.json"))]
-    return [result for result in results if result["task"] not in present]
+    return [result for result in results if result["task"] not in settled]
 
 
 def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -82,19 +87,57 @@ def _peak(parts: list[dict[str, int | None]]) -> dict[str, int | None]:
 
 def _provenance(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Which code, packages, machine and weights, and which revisions of the data and the tasks."""
+    now = origin(job)
     return {
-        "git_commit": _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]),
-        "git_dirty": bool(_output(["git", "-C", str(ROOT), "status", "--porcelain"])),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "git_commit": now["git_commit"],
+        "git_dirty": now["git_dirty"],
+        "versions": now["versions"],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _device(job.device),
+        "device": now["device"],
         "model_revision": job.cell.fingerprint,
-        "dataset_revisions": _merged(part["dataset_revisions"] for part in parts),
-        "task_versions": _merged(part["task_versions"] for part in parts),
-        "started": STARTED,
-        "command": job.command,
+        "dataset_revisions": _merged(part["provenance"]["dataset_revisions"] for part in parts),
+        "task_versions": _merged(part["provenance"]["task_versions"] for part in parts),
+        "started": now["started"],
+        "command": now["command"],
+        "tasks": {name: other for name, other in _merged(map(_origins, parts)).items() if other != now},
     }
+
+
+def _origins(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By task: the run that measured it. A part that is no task's is a compression's, or a whole record's."""
+    provenance = part["provenance"]
+    own = {key: provenance.get(key) for key in ORIGIN}
+    names = (part.get("task", "compression"), *provenance["task_versions"])
+    return dict.fromkeys(names, own) | provenance.get("tasks", {})
+
+
+def origin(job: Job) -> dict[str, Any]:
+    """The run of this process, as `ORIGIN` lists it."""
+    commit, dirty = git_state(ROOT, (job.out, job.checkpoints))
+    versions = {package: _version(package) for package in PACKAGES}
+    return dict(zip(ORIGIN, (commit, dirty, versions, device(job.device), STARTED, job.command), strict=True))
+
+
+@cache
+def git_state(root: Path, written: tuple[str | None, ...]) -> tuple[str | None, bool | None]:
+    """Commit of the code, and whether files other than results differ from it; None without git or its repository.
+
+    Args:
+        written: folders that runs write to. They and `results` do not count.
+    """
+    git = ["git", "-C", str(root)]
+    others = [f":(exclude,literal){folder}" for folder in _inside(root, written)]
+    status = _output([*git, "status", "--porcelain", "--", ".", *others])
+    return _output([*git, "rev-parse", "HEAD"]), None if status is None else bool(status)
+
+
+def _inside(root: Path, folders: Iterable[str | None]) -> Iterator[Path]:
+    """Which of the folders, and `results`, lie below `root`, seen from there."""
+    for folder in (root / "results", *filter(None, folders)):
+        path = Path(folder).resolve()
+        if root in path.parents:
+            yield path.relative_to(root)
 
 
 def _output(command: list[str]) -> str | None:
@@ -112,10 +155,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _device(name: str) -> str:
-    """The device with its model: the processor's, or what the driver lists."""
+@cache
+def device(name: str) -> str:
+    """The device with its model: the processor's, or what the driver calls that GPU."""
     if name.startswith("cuda"):
-        return f"{name}: {_output(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'])}"
+        number = name.partition(":")[2] or "0"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen = visible.split(",")[int(number)] if visible else number
+        return f"{name}: {_output(['nvidia-smi', '-i', chosen, '--query-gpu=name', '--format=csv,noheader'])}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

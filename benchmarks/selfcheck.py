@@ -72,14 +72,14 @@ def startup(repeats: int) -> None:
 def compress(repeats: int) -> None:
     """How long each method takes on tiny-llama, beside one forward pass over the same calibration windows."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import methods
     from benchmarks import data, models
     from methods.base import Budget, Context
 
     path = models.resolve("tiny-llama").prepare()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = models.load_tokenizer(path)
     calibration = data.sample_calibration(data.load("wikileads", "calibration"), tokenizer, seed=0, **CALIBRATION)
 
     def load() -> Any:

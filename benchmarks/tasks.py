@@ -4,7 +4,7 @@
     python run_all.py --models tiny-llama --tasks ppl:moby-dick@256 wikileads_mc arc_easy@5shot speed
 
 `NAME@Nshot` puts N solved examples before each question; without it there are as many as lm-eval's definition says,
-mostly none. Naming and planning need no torch.
+mostly none, and in a group each member has its own. Naming and planning need no torch.
 """
 
 import difflib
@@ -53,12 +53,15 @@ class Task:
     window: int = 0
     """Tokens per perplexity window."""
     shots: int = 0
-    """Solved examples before each question."""
+    """Solved examples before each question; of a group the most that a member has."""
+    forced: bool = False
+    """Whether `shots` was asked for and holds for every member, whatever the definitions say."""
 
 
 def names() -> list[str]:
     """The single tasks of the suites; every other task or group of lm-eval and `ppl:SOURCE@WINDOW` work as well."""
-    return ["wikileads_mc", *ZEROSHOT, "mmlu", "speed", *(f"ppl:{name}" for name in data.names())]
+    texts = [name for name in data.names() if "test" in data.SPLITS[name]]
+    return ["wikileads_mc", *ZEROSHOT, "mmlu", "speed", *(f"ppl:{name}" for name in texts)]
 
 
 def expand(requested: Iterable[str], model: Model, settings: "Preset") -> list[Task]:
@@ -73,11 +76,7 @@ def expand(requested: Iterable[str], model: Model, settings: "Preset") -> list[T
     tasks: dict[str, Task] = {}
     for request in requested:
         for task in _expand(request, model, settings.ppl_lengths):
-            if tasks.setdefault(task.name, task) != task:
-                raise UserError(
-                    f"{tasks[task.name].source} and {task.source} would both be reported as {task.name}. "
-                    "Rename one of the files."
-                )
+            tasks.setdefault(task.name, task)
     return list(tasks.values())
 
 
@@ -99,9 +98,15 @@ def _single(request: str, model: Model, lengths: Sequence[int]) -> Iterator[Task
         yield from _ppl(request.removeprefix("ppl:"), model, lengths)
     else:
         name, asked = _split_at(request, r"@(\d+)shot")
-        usual = _yaml(definition(name)).get("num_fewshot") or 0
-        shots = usual if asked is None else asked
-        yield Task(name=f"{name}@{shots}shot", kind="lm_eval", source=name, shots=shots)
+        usual = _shots(definition(name))
+        shots = usual if asked is None else {asked}
+        label = f"{name}@{shots_label(shots)}"
+        yield Task(name=label, kind="lm_eval", source=name, shots=max(shots, default=0), forced=asked is not None)
+
+
+def shots_label(shots: set[int]) -> str:
+    """How many solved examples, as in `5shot`; `mixedshot` for a group whose members differ."""
+    return f"{next(iter(shots))}shot" if len(shots) == 1 else "mixedshot"
 
 
 def _ppl(request: str, model: Model, lengths: Sequence[int]) -> Iterator[Task]:
@@ -149,7 +154,8 @@ def definition(name: str) -> Path:
         if name in (found := _definitions(folder)):
             return found[name]
     near = difflib.get_close_matches(name, _definitions(tasks), n=3)
-    hint = f"lm-eval's own names work too, nearest: {', '.join(near)}." if near else "lm-eval's own names work too."
+    nearest = f"; nearest: {', '.join(near)}" if near else ""
+    hint = f"Any task or group of lm-eval works too, but none of its tags{nearest}."
     raise unknown("task", name, {*names(), *SUITES}, hint)
 
 
@@ -176,6 +182,20 @@ def _definitions(folder: Path) -> dict[str, Path]:
     return found
 
 
+def _shots(path: Path, above: int | None = None) -> set[int]:
+    """How many solved examples a task, or each member of a group, has where none are asked for.
+
+    Args:
+        above: what the group around it says.
+    """
+    content = _yaml(path)
+    own = content.get("num_fewshot") if above is None else above
+    if not isinstance(content.get("task"), list):
+        return {own or 0}
+    said = ((member, own if isinstance(member, str) else member.get("num_fewshot", own)) for member in content["task"])
+    return {shots for member, number in said for file in _members(member, path) for shots in _shots(file, number)}
+
+
 def _datasets(path: Path) -> set[tuple[str, str]]:
     """(repository, config) of every data set that a task or group reads."""
     content = _yaml(path)
@@ -187,7 +207,8 @@ def _datasets(path: Path) -> set[tuple[str, str]]:
 def _members(member: str | dict[str, Any], group: Path) -> list[Path]:
     """The files that one entry of a group stands for: a task's, a group's, or those of every task with that tag."""
     name = member if isinstance(member, str) else member.get("task") or member.get("group")
-    for known in (_definitions(task_folder(group)), _definitions(_stock_folder())):
+    for folder in (task_folder(group), _stock_folder()):
+        known = _definitions(folder)
         if found := [known[name]] if name in known else [path for path in known.values() if name in _tags(path)]:
             return found
     return []
@@ -213,6 +234,19 @@ def _yaml(path: Path) -> dict[str, Any]:
     for include in includes if isinstance(includes, list) else [includes]:
         merged |= _yaml(path.parent / include)
     return merged | content
+
+
+LOWER_IS_BETTER = re.compile(
+    r"(token_|word_|byte_)?(perplexity|ppl)|bits_per_byte|brier(_score)?|ter|wer|likelihood_diff|\w*bias\w*"
+    r"|truncated_requests|(weights|peak)_bytes"
+)
+"""Quantities of which less is better: ours, and those of lm-eval's own metrics and of its task definitions."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric, named as in `wikitext2/token_ppl@2048`, is the better one."""
+    quantity = re.split(r"[@\[]", metric.rpartition("/")[2])[0]
+    return LOWER_IS_BETTER.fullmatch(quantity) is not None
 
 
 def evaluate(

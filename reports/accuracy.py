@@ -2,16 +2,25 @@
 
 from collections.abc import Sequence
 
-from reports.comparison import IDENTITY, Measured, MetricName, identity, metric_names, pooled_cell
+from reports.comparison import (
+    IDENTITY,
+    Measured,
+    MetricName,
+    identity,
+    metric_names,
+    plus_minus,
+    pooled_cell,
+    remarks,
+)
+from reports.records import Record
 from reports.results import Result
-from reports.tables import UNLIKE, Cell, Column, Table, legend
+from reports.tables import LEGEND, Cell, Column, Table, legend
 
 QUANTITIES = ("acc_norm", "acc")
 """What a task is judged by: the first that it has."""
 
 CAPTION = (
-    "Right answers in per cent ± their standard error, by task and its metric; asked and counted share of active "
-    "parameters in per cent."
+    "Right answers in per cent by task and its metric; asked and counted share of active parameters in per cent; ± is "
 )
 
 
@@ -31,9 +40,26 @@ def judged(results: Sequence[Result]) -> list[MetricName]:
     """The metric each task is judged by; parts of a group, like `mmlu_anatomy` of `mmlu`, stay in the records."""
     names = {name for name in metric_names(results) if name.quantity in QUANTITIES and name.protocol.endswith("shot")}
     best = {name for name in names if not any(_preferred(other, name) for other in names)}
-    tasks = {name.source for name in best}
-    whole = [name for name in best if not any(name.source.startswith(f"{task}_") for task in tasks)]
-    return sorted(whole, key=str)
+    for group in sorted(best, key=lambda name: -len(name.source)):
+        best -= _parts(group, best, results)
+    return sorted(best, key=str)
+
+
+def _parts(group: MetricName, names: set[MetricName], results: Sequence[Result]) -> set[MetricName]:
+    """What `group` is the mean of: the tasks named after it, and its subgroups, if they hold its very documents.
+
+    Records do not say what belongs to a group, but a task named like one, as `mmlu_pro`, changes the sum of documents.
+    """
+    records = [record for result in results for record in result.records if str(group) in record.metrics]
+    tasks = {source for record in records for source in record.provenance.get("dataset_revisions") or {}}
+    alike = {name for name in names if name.protocol == group.protocol and name.source.startswith(f"{group.source}_")}
+    kinds = [{name for name in alike if (name.source in tasks) == task} for task in (True, False)]
+    return {name for kind in kinds if all(_adds_up(record, group, kind) for record in records) for name in kind}
+
+
+def _adds_up(record: Record, group: MetricName, parts: set[MetricName]) -> bool:
+    counts = (record.metrics[str(part)].n for part in parts if str(part) in record.metrics)
+    return sum(counts) == record.metrics[str(group)].n
 
 
 def _preferred(other: MetricName, name: MetricName) -> bool:
@@ -50,12 +76,13 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
     return Table(
         name=file_name,
         title=title,
-        caption=CAPTION,
+        caption=f"{CAPTION}{plus_minus(measured)}.",
         columns=_columns(names),
         rows=rows,
         notes=(
             *legend(rows),
             *(difference for task in tasks for difference in task.differences()),
+            *remarks(measured),
             f"Documents: {'; '.join(f'{task.name} {task.count()}' for task in tasks)}.",
         ),
     )
@@ -72,8 +99,9 @@ def _label(name: MetricName) -> str:
 
 
 def _row(result: Result, tasks: Sequence[Measured]) -> tuple[Cell, ...]:
-    unlike = any(task.unlike(result) for task in tasks)
-    average = pooled_cell(result.average([task.name for task in tasks]), 100, UNLIKE if unlike else "")
+    found = {mark for task in tasks for mark in task.marks(result)}
+    marks = "".join(mark for mark in LEGEND if mark in found)
+    average = pooled_cell(result.average([task.name for task in tasks]), 100, marks)
     return (
         *identity(result),
         *(task.cell(result, 100) for task in tasks),

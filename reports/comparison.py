@@ -1,14 +1,16 @@
 """Metric names, and cells that say when a number must not be compared with the rest of its column."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from reports.results import Pooled, Result, Settings
-from reports.tables import OFF_BUDGET, UNLIKE, Cell, Column, number, percent
+from reports.results import Pooled, Result, Settings, by_model, differing
+from reports.tables import CUT, OFF_BUDGET, UNLIKE, Cell, Column, number, percent
 
 SHOWN_DIFFERENCE = 0.005
+UNEVEN = 0.02
+"""Counted ratios further apart than this are not the same size: twice the usual tolerance."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +56,46 @@ class Measured:
         counts.pop(frozenset(), None)
         return counts.most_common(1)[0][0] if counts else frozenset()
 
+    @property
+    def cut(self) -> str:
+        """The metric that counts the prompts cut for this one; recorded only where there are any."""
+        name = parse(self.name)
+        return str(MetricName(name.source, "truncated_requests", name.protocol))
+
+    def marks(self, result: Result) -> str:
+        """What a reader of the result's number must know."""
+        return (UNLIKE if self.unlike(result) else "") + (CUT if result.metric(self.cut) else "")
+
     def unlike(self, result: Result) -> bool:
         """Whether the result's number must not be compared with the others."""
         conditions = result.conditions(self.name)
         return len(conditions) > 1 or conditions not in (frozenset(), self.reference)
 
     def cell(self, result: Result, scale: float = 1) -> Cell:
-        """The result's number, marked where it is unlike the others."""
-        return pooled_cell(result.metric(self.name), scale, UNLIKE if self.unlike(result) else "")
+        """The result's number with its marks."""
+        return pooled_cell(result.metric(self.name), scale, self.marks(result))
 
     def differences(self) -> list[str]:
-        """A sentence for each result that is marked."""
-        marked = (result for result in self.results if self.unlike(result))
-        return [f"{result.title}: {self.name} {self._difference(result)}." for result in marked]
+        """A sentence for each mark."""
+        unlike = (result for result in self.results if self.unlike(result))
+        cut = ((result, self._cut(result)) for result in self.results if result.metric(self.cut))
+        return [
+            *(f"{result.title}: {self.name} {self._difference(result)}." for result in unlike),
+            *(f"{result.title}: {self.name}, {count} prompts cut." for result, count in cut),
+        ]
+
+    def _cut(self, result: Result) -> str:
+        counts = [record.metrics[self.cut] for record in result.records if self.cut in record.metrics]
+        return " or ".join(dict.fromkeys(f"{count.value:g} of {count.n}" for count in counts))
 
     def _difference(self, result: Result) -> str:
         own, others = _by_label(result.conditions(self.name)), _by_label(self.reference)
         parts = [
             f"{label} {_either(own[label])}, not {_either(others[label])}"
-            for label in own
+            for label in sorted({*own, *others})
             if own[label] != others[label]
         ]
-        mixed = [label for label, values in own.items() if len(values) > 1]
+        mixed = sorted(differing(result.conditions(self.name)))
         return "; ".join(parts) or f"has seeds of different {', '.join(mixed)}"
 
     def count(self) -> str:
@@ -110,6 +130,30 @@ def achieved_remark(result: Result) -> str:
     if result.achieved is None or abs(result.achieved - result.ratio) <= SHOWN_DIFFERENCE:
         return ""
     return f"at {number(100 * result.achieved)} %"
+
+
+def remarks(results: Sequence[Result]) -> Iterator[str]:
+    """Sentences below a table on rows that are incomplete, or too unlike in size to be compared."""
+    if incomplete := [result.title for result in results if not result.complete]:
+        yield f"Incomplete, see the failed and skipped cells: {'; '.join(incomplete)}."
+    yield from uneven(results)
+
+
+def uneven(results: Sequence[Result]) -> Iterator[str]:
+    """A sentence per model and asked ratio for which the methods' counted ratios clearly differ."""
+    for group in by_model(results):
+        for ratio in dict.fromkeys(result.ratio for result in group if not result.dense):
+            counted = {r.method: r.achieved for r in group if r.ratio == ratio and not r.dense and r.achieved}
+            if counted and max(counted.values()) - min(counted.values()) > UNEVEN:
+                sizes = ", ".join(f"{method} {number(100 * share)} %" for method, share in counted.items())
+                asked = f"Not of one size: on {group[0].model} at {percent(ratio):g} % asked, counted are {sizes}"
+                yield f"{asked}, so part of the difference between these methods is one of size."
+
+
+def plus_minus(results: Sequence[Result]) -> str:
+    """What ± stands for in numbers of these results."""
+    seeds = ", or the standard deviation over the seeds where a number says seeds"
+    return "one standard error" + (seeds if any(len(result.records) > 1 for result in results) else "")
 
 
 IDENTITY = (Column("Model", text=True), Column("Asked, %"), Column("Counted, %"), Column("Method", text=True))

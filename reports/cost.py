@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from reports.comparison import IDENTITY, identity, metric_names, pooled_cell
+from reports.comparison import IDENTITY, identity, metric_names, plus_minus, pooled_cell, remarks
 from reports.results import Result, by_model
 from reports.tables import Cell, Column, Table, legend, number
 
@@ -36,7 +36,7 @@ def size_table(results: Sequence[Result]) -> Table | None:
             Column("In memory, MB"),
         ),
         rows=rows,
-        notes=(*legend(rows), *_not_smaller(results)),
+        notes=(*legend(rows), *remarks(results), *_not_smaller(results)),
     )
 
 
@@ -61,18 +61,19 @@ def speed_table(results: Sequence[Result]) -> Table | None:
     """Tokens per second and peak memory at every batch size; None where none was measured."""
     names = [name for name in metric_names(results) if name.source == "speed" and name.protocol.startswith("b")]
     batches = sorted({name.protocol for name in names}, key=lambda batch: int(batch.removeprefix("b")))
-    keys = [(result, batch) for group in by_model(results) for batch in batches for result in group]
+    measured = [result for result in results if any(_timed(result, batch) for batch in batches)]
+    keys = [(result, batch) for group in by_model(measured) for batch in batches for result in group]
     rows = tuple(_speed_row(result, batch) for result, batch in keys if _timed(result, batch))
     if not rows:
         return None
     return Table(
         name="speed",
         title="Speed",
-        caption="Tokens per second (median of the repeats ± its standard error) while reading the prompt (prefill) "
-        "and while generating (decode), their ratio to the dense model measured beside it, and peak memory.",
+        caption="Tokens per second (median of the repeats) while reading the prompt (prefill) and while generating "
+        f"(decode), their ratio to the dense model measured beside it, and peak memory; ± is {plus_minus(measured)}.",
         columns=_speed_columns(),
         rows=rows,
-        notes=(*legend(rows), *_not_faster(results, batches), *_hardware(results)),
+        notes=(*legend(rows), *remarks(measured), *_not_faster(measured, batches), *_hardware(measured)),
     )
 
 
@@ -115,6 +116,7 @@ def _slow_phases(result: Result, batch: str) -> Iterator[str]:
 
 
 def _hardware(results: Sequence[Result]) -> Iterator[str]:
-    devices = sorted({str(record.provenance.get("device")) for result in results for record in result.records})
+    origins = [record.provenance for result in results for record in result.records]
+    devices = sorted({str(((origin.get("tasks") or {}).get("speed") or origin).get("device")) for origin in origins})
     if len(devices) > 1:
         yield f"Timed on different devices, so compare only 'vs dense' between rows: {'; '.join(devices)}."

@@ -44,6 +44,7 @@ LATEX = {
     "`": r"\textasciigrave{}",
     "†": r"\textdagger{}",
     "‡": r"\textdaggerdbl{}",
+    "§": r"\textsection{}",
     "±": r"\textpm{}",
 }
 

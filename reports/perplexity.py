@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse
+from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse, plus_minus, remarks
 from reports.results import Result, by_model
 from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
 
@@ -11,8 +11,8 @@ Slot = tuple[MetricName, float]
 """A column: a text and window, and a ratio."""
 
 CAPTION = (
-    "Token perplexity (lower is better) ± its standard error, by text, window in tokens and asked share of active "
-    "parameters; a counted share that differs from the asked one is given in brackets."
+    "Token perplexity (lower is better) by text, window in tokens and asked share of active parameters; a counted "
+    "share that differs from the asked one is given in brackets; ± is "
 )
 
 
@@ -26,17 +26,23 @@ def perplexity_table(results: Sequence[Result]) -> Table | None:
     compared = [[Measured(str(name), group) for name in names] for group in groups]
     rows = tuple(row for group, metrics in zip(groups, compared, strict=True) for row in _rows(group, metrics, slots))
     flat = [metric for metrics in compared for metric in metrics]
+    measured = [result for group in groups for result in group]
     return Table(
         name="perplexity",
         title="Perplexity",
-        caption=CAPTION,
+        caption=f"{CAPTION}{plus_minus(measured)}.",
         columns=(
             Column("Model", text=True),
             Column("Method", text=True),
             *(Column(f"{percent(ratio):g} %", f"{name.source} @{name.protocol}") for name, ratio in slots),
         ),
         rows=rows,
-        notes=(*legend(rows), *(text for metric in flat for text in metric.differences()), _windows(flat)),
+        notes=(
+            *legend(rows),
+            *(text for metric in flat for text in metric.differences()),
+            *remarks(measured),
+            _windows(flat),
+        ),
     )
 
 

@@ -45,7 +45,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One cell's record; `size` and `metrics` are empty unless the cell is done."""
+    """One cell's record; a cell that failed keeps what it measured before."""
 
     path: Path
     """The file it was read from."""
@@ -54,7 +54,7 @@ class Record:
     cell: Mapping[str, Any]
     """Model, method, ratio, seed and settings."""
     size: Mapping[str, Any]
-    """Counted parameters and bytes."""
+    """Counted parameters and bytes; empty where the cell failed before they were counted."""
     metrics: Mapping[str, Metric]
     """By name, as in `arc_easy/acc_norm@0shot`."""
     provenance: Mapping[str, Any]
@@ -115,17 +115,17 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
     _need(content["cell"], CELL, "cell.")
     if content["status"] not in STATUSES:
         raise ValueError(f"its status is {content['status']!r}, not one of {', '.join(STATUSES)}")
-    done = content["status"] == "done"
-    if done:
+    measured = content["status"] == "done" or bool(content.get("size"))
+    if measured:
         _need(content, {"size": dict, "metrics": dict, "provenance": dict}, "")
         _need(content["size"], SIZE, "size.")
     return Record(
         path=path,
         status=content["status"],
         cell=content["cell"],
-        size=content["size"] if done else {},
-        metrics={name: _metric(name, entry) for name, entry in content["metrics"].items()} if done else {},
-        provenance=content["provenance"] if done else {},
+        size=content["size"] if measured else {},
+        metrics={name: _metric(name, entry) for name, entry in content["metrics"].items()} if measured else {},
+        provenance=content["provenance"] if measured else {},
         error=str(content.get("error") or ""),
     )
 

@@ -7,15 +7,18 @@ from pathlib import Path
 from markupsafe import Markup
 
 from reports.accuracy import few_shot_table, zero_shot_table
+from reports.comparison import plus_minus
 from reports.cost import size_table, speed_table
 from reports.formats import FORMATS, MARKDOWN, markdown
 from reports.perplexity import perplexity_table
 from reports.records import Record, ReportError
 from reports.results import pool
 from reports.summary import cautions, facts
-from reports.tables import Cell, Column, Table, percent
+from reports.tables import UNLIKE, Cell, Column, Table, percent
 
 BUILDERS = (perplexity_table, zero_shot_table, few_shot_table, size_table, speed_table)
+TABLES = ("perplexity", "zero-shot", "few-shot", "size", "speed", "unfinished")
+"""The name of every table there can be."""
 
 
 def files(records: Sequence[Record]) -> dict[str, str]:
@@ -29,6 +32,8 @@ def files(records: Sequence[Record]) -> dict[str, str]:
         cautions=list(cautions(results)),
         tables=[(table, Markup(markdown(table))) for table in tables],
         formats=list(FORMATS),
+        plus_minus=plus_minus(results),
+        alike=not any(UNLIKE in cell.marks for table in tables for row in table.rows for cell in row),
         done=sum(record.status == "done" for record in records),
     )
     contents = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
@@ -44,7 +49,8 @@ def unfinished_table(records: Sequence[Record]) -> Table | None:
     return Table(
         name="unfinished",
         title="Failed and skipped cells",
-        caption="In no other table. The command that started them tries them again and keeps what is finished.",
+        caption="What one of them measured before it failed is in the other tables. The command that started them "
+        "tries them again and keeps what is finished.",
         columns=tuple(Column(label, text=label not in ("Asked, %", "Seed")) for label in labels),
         rows=rows,
     )
@@ -59,6 +65,8 @@ def _unfinished_row(record: Record) -> tuple[Cell, ...]:
 def write(contents: Mapping[str, str], out: Path) -> None:
     """Write each file under a temporary name and rename it, so that none is ever half there.
 
+    Tables of an earlier report that this one does not have are removed, and nothing else.
+
     Raises:
         ReportError: `out` cannot be written to.
     """
@@ -66,6 +74,8 @@ def write(contents: Mapping[str, str], out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             _replace(out / name, content)
+        for name in {f"{table}.{suffix}" for table in TABLES for suffix in FORMATS} - set(contents):
+            (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise ReportError(f"The report cannot be written to {out}: {error}. Give --out another folder.") from error
 

@@ -51,6 +51,11 @@ class Result:
         return f"{self.model} {self.method} at {percent(self.ratio):g} %"
 
     @property
+    def complete(self) -> bool:
+        """Whether every seed was finished."""
+        return all(record.status == "done" for record in self.records)
+
+    @property
     def on_budget(self) -> bool:
         """Whether every seed met the asked ratio within its tolerance."""
         return all(record.size["on_budget"] for record in self.records)
@@ -79,11 +84,11 @@ class Result:
 
 
 def pool(records: Iterable[Record]) -> list[Result]:
-    """The finished records as results: smaller models first, dense before compressed, then by falling ratio."""
-    done = [record for record in records if record.status == "done"]
-    blocks = {record.cell["model"]: record.size["active_block"] for record in done if record.cell["method"] == "dense"}
+    """The measured records as results: smaller models first, dense before compressed, then by falling ratio."""
+    kept = [record for record in records if record.size]
+    blocks = {record.cell["model"]: record.size["active_block"] for record in kept if record.cell["method"] == "dense"}
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in done:
+    for record in kept:
         groups[(*(record.cell[key] for key in ("model", "method", "ratio")), settings_of(record))].append(record)
     variants = _variants(groups)
     results = [_result(key, group, variants, blocks) for key, group in groups.items()]
@@ -172,15 +177,13 @@ def brief(settings: Settings, names: set[str]) -> str:
 
 def _conditions(record: Record, name: str) -> Settings:
     """`n` and the versions behind one metric, filed under `arc_easy`, `arc_easy@0shot` or `ppl-wikitext2@2048`."""
-    source = name.rpartition("/")[0]
-    found = [("n", str(record.metrics[name].n))]
+    path, _, protocol = name.rpartition("@")
+    source = path.rpartition("/")[0]
+    keys = {source, f"{source}@{protocol}", f"ppl-{source}@{protocol}"}
+    found = {("n", str(record.metrics[name].n))}
     for label, kind in (("task version", "task_versions"), ("data revision", "dataset_revisions")):
         filed = record.provenance.get(kind) or {}
-        found += [(label, str(version)) for key, version in filed.items() if _source(key) == source]
+        found |= {(label, str(filed[key])) for key in keys & set(filed)}
     if name.endswith("shot"):
-        found.append(("lm_eval", str((record.provenance.get("versions") or {}).get("lm_eval"))))
-    return tuple(found)
-
-
-def _source(key: str) -> str:
-    return key.partition("@")[0].removeprefix("ppl-")
+        found.add(("lm_eval", str((record.provenance.get("versions") or {}).get("lm_eval"))))
+    return tuple(sorted(found))

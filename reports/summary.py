@@ -1,18 +1,20 @@
 """What the head of a report says: what was run, with what, where; and what to be careful about."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reports.accuracy import judged
-from reports.comparison import metric_names
+from reports.comparison import Measured, metric_names, uneven
 from reports.results import Result, brief, by_model, differing, settings_of
 from reports.tables import percent
 
 
 def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """`(what, values)` over all finished cells, in the order of the report."""
+    """`(what, values)` over all measured cells, in the order of the report."""
     records = [record for result in results for record in result.records]
     cells, origins = [record.cell for record in records], [record.provenance for record in records]
+    runs = [run for origin in origins for run in (origin, *_later(origin).values())]
     found = {
         "Models": (cell["model"] for cell in cells),
         "Methods": (cell["method"] for cell in cells),
@@ -21,12 +23,12 @@ def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         "Calibration": (_calibration(cell["calibration"]) for cell in cells if cell["calibration"]),
         "Budget preset": (_name(cell["budget"]) for cell in cells),
         "Data type": (str(cell["dtype"]) for cell in cells),
-        "Commit": (_commit(origin) for origin in origins),
-        "Hardware": (str(origin.get("device")) for origin in origins),
+        "Commit": (_commit(run) for run in runs),
+        "Hardware": (str(run.get("device")) for run in runs),
         "Platform": (f"{origin.get('platform')}, Python {origin.get('python')}" for origin in origins),
         "Versions": (_versions(origin.get("versions") or {}) for origin in origins),
-        "Started": _span(str(origin.get("started")) for origin in origins),
-        "Command": (str(origin.get("command")) for origin in origins),
+        "Started": _span(str(run.get("started")) for run in runs),
+        "Command": (str(run.get("command")) for run in runs),
     }
     joined = ((what, "; ".join(dict.fromkeys(values))) for what, values in found.items())
     return [(what, values) for what, values in joined if values]
@@ -40,6 +42,11 @@ def _calibration(source: Any) -> str:
     if not isinstance(source, Mapping):
         return str(source)
     return f"{source.get('name')}, {source.get('samples')} windows of {source.get('window')} tokens"
+
+
+def _later(origin: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The tasks of a cell that another run measured than the one it names, with that run's commit, device and so on."""
+    return origin.get("tasks") or {}
 
 
 def _commit(origin: Mapping[str, Any]) -> str:
@@ -57,10 +64,24 @@ def _span(times: Iterable[str]) -> list[str]:
 
 def cautions(results: Sequence[Result]) -> Iterator[str]:
     """Sentences on what stands in the way of comparing rows, or is measured but shown nowhere."""
+    yield from _several_commits(record.provenance for result in results for record in result.records)
+    yield from uneven(results)
     for group in by_model(results):
         yield from _unequal_settings(group)
     if hidden := _hidden(results):
         yield f"Measured but in none of the tables, see the records: {', '.join(hidden)}."
+
+
+def _several_commits(origins: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What was measured at which commit, where there is more than one."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for origin in origins:
+        found[_commit(origin)].add("whole cells")
+        for task, run in _later(origin).items():
+            found[_commit(run)].add(task)
+    if len(found) > 1:
+        parts = "; ".join(f"{commit}: {', '.join(sorted(what))}" for commit, what in found.items())
+        yield f"Measured at several commits, so numbers may differ because the program does. {parts}."
 
 
 def _unequal_settings(results: Sequence[Result]) -> Iterator[str]:
@@ -80,5 +101,6 @@ def _unequal_settings(results: Sequence[Result]) -> Iterator[str]:
 def _hidden(results: Sequence[Result]) -> list[str]:
     """The metrics that no table shows, like the parts of a group or a task's second metric."""
     shown = set(judged(results))
-    others = (name for name in metric_names(results) if name not in shown)
-    return [str(name) for name in others if name.quantity != "token_ppl" and name.source != "speed"]
+    noted = {str(name) for name in shown} | {Measured(str(name), results).cut for name in shown}
+    others = (name for name in metric_names(results) if name.quantity != "token_ppl" and name.source != "speed")
+    return [str(name) for name in others if str(name) not in noted]

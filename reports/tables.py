@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 OFF_BUDGET = "†"
 UNLIKE = "‡"
+CUT = "§"
 LEGEND = {
     OFF_BUDGET: "off budget: the counted share of active parameters misses the asked ratio by more than its tolerance.",
     UNLIKE: "measured under other conditions than the rest of its column, so not to be compared with it:",
+    CUT: "measured on prompts that were cut at their start to fit the model's limit of tokens, as counted below.",
 }
 
 

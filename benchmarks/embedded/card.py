@@ -8,14 +8,16 @@ Takes a minute and overwrites the card beside the weights.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.embedded import wikileads
 from benchmarks.embedded.ngram import kneser_ney, witten_bell
 from benchmarks.embedded.train import CONFIGS, HERE, encode
 from benchmarks.metric import Metric
+from benchmarks.models import load_tokenizer
 from benchmarks.perplexity import token_perplexity
 from methods.base import Silent
 
@@ -50,7 +52,7 @@ the same train tokens, predict the same test tokens, and may look back across th
 | **{name}** | **{value:.2f}** ± {stderr:.2f} |
 {ngrams}
 
-{ratio:.2f} times the best n-gram model (the target was 0.75 or better).
+{ratio:.3f} times the best n-gram model (the target was 0.75 or better).
 
 ## Limits and licence
 
@@ -63,7 +65,7 @@ was written by `python -m benchmarks.embedded.card {name}`.
 def card(name: str) -> str:
     """The model card of a trained embedded model, measured from its committed weights."""
     model = AutoModelForCausalLM.from_pretrained(HERE / name)
-    tokenizer = AutoTokenizer.from_pretrained(HERE / name)
+    tokenizer: Any = load_tokenizer(HERE / name)
     measured = token_perplexity(model.float(), tokenizer, wikileads.text("test"), WINDOW, None, Silent())
     baselines = ngram_perplexities(tokenizer)
     rows = [f"| {smoothing} {order}-gram | {value:.2f} |" for (smoothing, order), value in baselines.items()]

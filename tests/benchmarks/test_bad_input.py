@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import run_all
-from benchmarks import checks, plan
+from benchmarks import checks, cli, plan
 from methods.errors import UserError
 from tests.benchmarks import small_run
 
@@ -36,7 +36,9 @@ CASES = [
     ({"--executor": "ray"}, ["inline", "process", "not part of this version"]),
     ({"--workers": "0"}, ["--workers 1"]),
     ({"--device": "gpu"}, ["--device cpu"]),
+    ({"--device": "gpu", "--plan": ""}, ["--device cpu"]),
     ({"--device": "cuda"}, ["--device cpu"]),
+    ({"--device": "cuda:7"}, ["--device cpu", "0 cuda devices"]),
     ({"--out": "/proc/nowhere"}, ["--out"]),
     ({"--offline": ""}, ["meta-llama/Llama-2-7b-hf"]),
 ]
@@ -88,9 +90,24 @@ def test_an_empty_calibration_text(text: str, workplace: Path, capsys: pytest.Ca
     assert "empty" in capsys.readouterr().err
 
 
-def test_a_damaged_record(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks import cli
+def test_an_empty_method_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_all.main(["--models", "llama2-7b", "--ratios", "0.5", "--methods", ""]) == 2
+    assert "unknown method ''" in capsys.readouterr().err
 
+
+def test_a_calibration_text_too_short_for_the_windows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "short.txt").write_text("a few words\nand a few more\n")
+    assert small_run.run(workplace, "--calibration", str(workplace / "short.txt")) == 2
+    assert "too few for 8 different windows of 128" in capsys.readouterr().err
+
+
+def test_a_text_shorter_than_a_perplexity_window(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_run.make_text(workplace / "short.txt", lines=12)
+    assert small_run.run(workplace, "--tasks", f"ppl:{workplace / 'short.txt'}") == 2
+    assert "fewer than one window of 128" in capsys.readouterr().err
+
+
+def test_a_damaged_record(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = small_run.arguments(workplace)
     job = plan.jobs(cli.request(cli.parser().parse_args(line), line))[1]
     job.folder.mkdir(parents=True)
@@ -127,3 +144,13 @@ def test_a_disk_too_small_for_the_checkpoints(
     line = ["--models", "llama2-7b", "--ratios", "0.5", "--device", "cpu", "--out", str(tmp_path)]
     assert run_all.main(line) == 2
     assert "27.0 GB" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_for_the_kept_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {str(tmp_path): 10**12, str(tmp_path / "kept"): 5 * 10**8}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free[str(path)]})())
+    line = ["--models", "llama2-7b", "--ratios", "0.5", "--device", "cpu", "--out", str(tmp_path)]
+    line += ["--checkpoints", str(tmp_path / "kept"), "--methods", "shortgpt"]
+    jobs = plan.jobs(cli.request(cli.parser().parse_args(line), line))
+    with pytest.raises(UserError, match=r"kept has 500 MB free, and the checkpoints to keep need about 40\.4 GB"):
+        checks.check_room(jobs, 1)

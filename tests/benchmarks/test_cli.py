@@ -30,6 +30,8 @@ def test_all_means_every_registered_method() -> None:
     from methods import names
 
     assert cli.request(cli.parser().parse_args(line), line).methods == tuple(names())
+    line.append("dense")
+    assert set(cli.request(cli.parser().parse_args(line), line).methods) == set(names())
 
 
 def test_settings_are_split_by_method() -> None:

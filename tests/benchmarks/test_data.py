@@ -1,6 +1,7 @@
 """Texts: where they come from, that calibration never sees test data, and what is said when one cannot be had."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_a_text_is_hashed_and_knows_its_revision(tmp_path):
     assert (first.name, first.split) == (str(paths[0]), "calibration")
 
 
+def test_a_local_file_is_labelled_by_its_content(tmp_path):
+    path = tmp_path / "wikitext2.txt"
+    labels, contents = set(), set()
+    for last in "xy":
+        path.write_text("\n".join(f"line {number}{last}" for number in range(99)), encoding="utf-8")
+        labels.add(data.label(str(path)))
+        contents.add(data.load(str(path), "test").content)
+        assert data.label(str(path)) == f"wikitext2-{sha256(path.read_bytes()).hexdigest()[:8]}"
+    assert len(labels) == len(contents) == 2
+    assert data.label("wikitext2") == "wikitext2"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -98,7 +111,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "mix"])
 def test_a_hub_text_out_of_reach_is_named_before_any_work(name, empty_cache):
-    with pytest.raises(UserError, match=r"data set \w+/\w+ .*not in the local cache.*Type, where .*data.load\("):
+    with pytest.raises(UserError, match=r"data set \w+/\w+ .*not whole in the local cache.*Type, where .*data.load\("):
         data.check(name, "calibration", offline=True)
 
 
@@ -110,6 +123,9 @@ def test_a_prepared_hub_text_is_found_by_split(empty_cache):
     folder = empty_cache / "datasets/allenai___c4/default-4f5e/0.0.0/0123"
     folder.mkdir(parents=True)
     (folder / "c4-validation.arrow").touch()
+    unfinished = folder.with_name("0123.incomplete")
+    unfinished.mkdir()
+    (unfinished / "c4-train.arrow").touch()
     data.check("c4", "test", offline=True)
     with pytest.raises(UserError, match="allenai/c4"):
         data.check("c4", "calibration", offline=True)

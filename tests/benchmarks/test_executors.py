@@ -3,11 +3,12 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import executors, plan, store
+from benchmarks import executors, plan, record, store
 from benchmarks.executors import Outcome, execute
 from benchmarks.job import Job
 from benchmarks.progress import Event
@@ -22,11 +23,11 @@ def jobs(tmp_path: Path) -> list[Job]:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Let a shell script play the cell's process; `$3` is the path of the job."""
+    """Let a shell script play the cell's process; `$job` is what it is to do."""
 
     def install(script: str) -> None:
         path = tmp_path / "stand-in"
-        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.write_text(f"#!/bin/sh\nread -r job\n{script}\n")
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path))
 
@@ -48,16 +49,28 @@ def test_outcomes_events_and_the_log(jobs: list[Job], stand_in) -> None:
     assert Event("llama2-7b dense 1 seed 0: work", 1, 2) in events
     assert events[-1] == Event("cells", 3, 3, finished=True)
     assert jobs[0].log.read_text() == "to the log\n"
+    assert not jobs[0].scratch.exists()  # the child's alone: another run's child removes it once it is done
 
 
 def test_a_killed_cell_gets_a_failed_record_and_the_others_go_on(jobs: list[Job], stand_in) -> None:
-    stand_in("""grep -q '"method": "shortgpt"' "$3" && kill -9 $$\necho '{"error": null}'""")
+    stand_in("""case "$job" in *'"method": "shortgpt"'*) kill -9 $$; esac\necho '{"error": null}'""")
     outcomes = run(jobs)
     assert outcomes["dense"] is None and outcomes["slicegpt"] is None
     assert "SIGKILL (often: out of memory)" in str(outcomes["shortgpt"])
-    record = store.read_record(jobs[1].record)
-    assert record and record["status"] == "failed" and record["error"] == outcomes["shortgpt"]
+    found = store.read_record(jobs[1].record)
+    assert found and found["status"] == "failed" and found["error"] == outcomes["shortgpt"]
     assert not jobs[1].finished()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_killed_cell_never_replaces_a_finished_record(force: bool, jobs: list[Job], stand_in) -> None:
+    done = record.assemble(jobs[0], None)
+    done["provenance"]["task_versions"] = {task.name: "1" for task in jobs[0].missing()}
+    store.write_record(jobs[0].record, done)
+    before = jobs[0].record.read_bytes()
+    stand_in("kill -9 $$")
+    assert "SIGKILL" in str(run([replace(jobs[0], force=force)])["dense"])
+    assert jobs[0].record.read_bytes() == before
 
 
 def test_fail_fast_starts_no_other_cell(jobs: list[Job], stand_in) -> None:
@@ -97,6 +110,7 @@ def test_relay_tells_events_from_the_end() -> None:
     lines = io.StringIO('{"label": "x", "done": 0, "total": null, "finished": false}\n{"error": "e"}\n')
     events: list[Event] = []
     assert list(executors._relay(lines, events.append)) == ["e"] and events == [Event("x", 0, None)]
+    assert list(executors._relay(['{"label": "x", "do'], events.append)) == []
 
 
 def test_inline_stops_early_too(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,11 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_killed_runs_end_like_uninterrupted_ones(workplace: Path) -> None:
     text = f"ppl:{workplace / 'text.txt'}"
-    tasks = ("--tasks", text, f"{text}@64", f"{text}@32", "speed")
+    tasks = ("--tasks", text, f"{text}@32")
     assert small_run.run(workplace, *tasks, out="whole") == 0
     arguments = small_run.arguments(workplace, *tasks, "--workers", "2", out="killed", executor="process")
-    selfcheck.finish_with_kills(arguments, workplace / "killed", times=3, longest=4.0, seed=0)
+    selfcheck.finish_with_kills(arguments, workplace / "killed", times=2, longest=4.0, seed=0)
     whole, killed = (selfcheck.results(workplace / out) for out in ("whole", "killed"))
     assert len(whole) == 2 and killed == whole
     assert not list((workplace / "killed").rglob("*.tmp")) and not list((workplace / "killed").rglob("scratch"))
-    assert all(len(record["metrics"]) > 3 for record in store.records(workplace / "killed"))
+    assert all(len(record["metrics"]) == 2 for record in store.records(workplace / "killed"))

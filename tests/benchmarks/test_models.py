@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import hub, models
 from benchmarks.assets import AssetMissing, asset_path
+from benchmarks.embedded import wikileads
 from benchmarks.models import make_once, resolve
 from methods.errors import UserError
 from methods.modeling.structures.record import SCHEMA
@@ -53,7 +54,7 @@ def test_names_are_safe_for_folders(directory):
     assert all("/" not in name and " " not in name for name in models.names())
 
 
-@pytest.mark.parametrize("name", ["tiny-lama", "./nowhere/at-all", "llama2 7b"])
+@pytest.mark.parametrize("name", ["tiny-lama", "./nowhere/at-all", "llama2 7b", ""])
 def test_an_unknown_name_is_an_error_that_lists_the_known(name):
     with pytest.raises(UserError, match="unknown model .*tiny-llama.*hub id"):
         resolve(name)
@@ -68,11 +69,44 @@ def test_a_local_directory_is_read_from_its_config(directory):
 
 def test_a_directory_without_config_or_weights_is_an_error(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no weights .*safetensors.*save_pretrained"):
+    with pytest.raises(UserError, match=r"no weights \(model.safetensors\) in .*save_pretrained"):
         resolve(str(directory)).check(offline=True)
     (directory / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json"):
         resolve(str(directory))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_weights_that_are_cut_off_are_an_error(directory, keep):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model.safetensors is empty or cut off.*again"):
+        resolve(str(directory))
+
+
+@pytest.mark.parametrize("content", ["no json", "[1]", b"\xff"])
+def test_a_config_that_is_no_json_object_is_an_error(directory, content):
+    (directory / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"config.json is damaged.*again"):
+        resolve(str(directory)).check(offline=True)
+
+
+def write_index(directory):
+    """Say that the weights are in two shards, of which only the first is there."""
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def test_every_shard_must_be_there(directory):
+    write_index(directory)
+    with pytest.raises(UserError, match=r"no weights \(model-00002-of-00002.safetensors\)"):
+        resolve(str(directory)).check(offline=True)
+    shutil.copy(directory / "model-00001-of-00002.safetensors", directory / "model-00002-of-00002.safetensors")
+    resolve(str(directory)).check(offline=True)
+    (directory / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index.json is damaged"):
+        resolve(str(directory)).check(offline=True)
 
 
 @pytest.mark.parametrize("schema", [SCHEMA, SCHEMA + 1])
@@ -104,22 +138,58 @@ def test_a_change_in_any_tensor_changes_fingerprint_and_name(directory):
     assert resolve(str(directory)).name != before.name
 
 
+def test_another_tokenizer_is_another_model(directory):
+    before = resolve(str(directory)).fingerprint()
+    with (directory / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    assert resolve(str(directory)).fingerprint() != before
+
+
+def test_another_dequantisation_is_another_model(monkeypatch):
+    monkeypatch.setattr(models, "version", lambda package: "1.0")
+    before = resolve("smollm2-135m-q4").fingerprint()
+    monkeypatch.setattr(models, "DEQUANTISATION", models.DEQUANTISATION + 1)
+    assert resolve("smollm2-135m-q4").fingerprint() != before
+
+
 def test_a_hub_model_out_of_reach_is_an_error_with_the_command(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     model = resolve("facebook/opt-125m")
-    with pytest.raises(UserError, match="facebook/opt-125m is not in the local cache.*hf download facebook/opt-125m"):
+    with pytest.raises(
+        UserError, match="facebook/opt-125m is not whole in the local cache.*hf download facebook/opt-125m"
+    ):
         model.check(offline=True)
     assert model.fingerprint() == models.UNRESOLVED
     assert model.shape is None
 
 
-def test_a_cached_hub_model_is_known_by_its_commit(inputs, tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--org--tiny" / "snapshots" / ("0123456789ab" + "0" * 28)
-    shutil.copytree(inputs / "model", snapshot)
-    config = snapshot / "config.json"
-    monkeypatch.setattr(hub, "cached", lambda repository, file: config if repository == "org/tiny" else None)
+@pytest.fixture
+def snapshot(inputs, tmp_path, monkeypatch):
+    """The cached files of the hub model org/tiny."""
+    folder = tmp_path / "models--org--tiny" / "snapshots" / ("0123456789ab" + "0" * 28)
+    shutil.copytree(inputs / "model", folder)
+    monkeypatch.setattr(hub, "cached", lambda repository, file: folder / file if repository == "org/tiny" else None)
+    return folder
+
+
+def test_a_hub_out_of_reach_matters_only_for_what_is_not_whole_in_the_cache(snapshot, monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "repo_info", unreachable)
+    resolve("org/tiny").check(offline=False)
+    write_index(snapshot)
+    for offline, reason in ((False, "no route to host"), (True, "may not ask")):
+        with pytest.raises(UserError, match=f"org/tiny is not whole in the local cache.*{reason}.*hf download"):
+            resolve("org/tiny").check(offline=offline)
+
+
+def test_a_cached_hub_model_is_known_by_its_commit(snapshot):
     model = resolve("org/tiny")
     model.check(offline=True)
     assert model.fingerprint() == "0123456789ab"
@@ -181,3 +251,12 @@ def test_the_asset_becomes_a_plain_bf16_checkpoint():
     tensors = {key: value for key, value in header.items() if key != "__metadata__"}
     assert {tensor["dtype"] for tensor in tensors.values()} == {"BF16"}
     assert sum(torch.Size(tensor["shape"]).numel() for tensor in tensors.values()) == PUBLISHED["smollm2-135m-q4"]
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-phi"])
+def test_embedded_models_are_read_with_the_tokens_they_were_trained_on(name):
+    from tokenizers import Tokenizer
+
+    text = wikileads.text("test")[:20_000]
+    raw = Tokenizer.from_file(str(models.EMBEDDED / name / "tokenizer.json")).encode(text).ids
+    assert models.load_tokenizer(models.EMBEDDED / name)(text, verbose=False)["input_ids"] == raw

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
@@ -53,9 +54,11 @@ def test_single_names():
     assert named(["ppl:moby-dick@256"]) == ["ppl-moby-dick@256"]
     assert named(["arc_easy@5shot", "boolq"]) == ["arc_easy@5shot", "boolq@0shot"]
     assert named(["gsm8k", "gsm8k@0shot"]) == ["gsm8k@5shot", "gsm8k@0shot"]  # lm-eval's definition says 5
-    assert expand(["ppl:some/where/my.text.txt@64"], HUB_MODEL, PAPER) == [
-        Task(name="ppl-my.text@64", kind="ppl", source="some/where/my.text.txt", window=64)
-    ]
+
+
+def test_texts_to_offer_have_a_test_split():
+    offered = {name.removeprefix("ppl:") for name in tasks.names() if name.startswith("ppl:")}
+    assert offered == {"wikileads", "moby-dick", "wikitext2", "c4"}
 
 
 def test_a_task_asked_for_twice_runs_once():
@@ -67,6 +70,7 @@ def test_a_task_asked_for_twice_runs_once():
     [
         ("hellaswagg", "unknown task 'hellaswagg'. Did you mean hellaswag.*nearest: hellaswag"),
         ("zeroshots", "Did you mean zeroshot"),
+        ("ai2_arc", "task or group of lm-eval works too, but none of its tags"),
         ("ppl:moby-dick@9999", r"2 to 4096 tokens. Type ppl:moby-dick@4096"),
         ("ppl:moby-dick@1", "2 to 4096 tokens"),
     ],
@@ -76,9 +80,17 @@ def test_tasks_that_do_not_exist(request_, message):
         expand([request_], HUB_MODEL, PAPER)
 
 
-def test_two_files_of_one_name_would_be_confused():
-    with pytest.raises(UserError, match=r"a/text.txt and b/text.txt .* Rename"):
-        expand(["ppl:a/text.txt@64", "ppl:b/text.txt@64"], HUB_MODEL, PAPER)
+def test_two_files_of_one_name_are_two_tasks(tmp_path):
+    for content in "ab":
+        (tmp_path / content).mkdir()
+        (tmp_path / content / "my.text.txt").write_text(content)
+    paths = [str(tmp_path / content / "my.text.txt") for content in "ab"]
+    found = expand([f"ppl:{path}@64" for path in paths], HUB_MODEL, PAPER)
+    labels = [f"my.text-{sha256(content).hexdigest()[:8]}" for content in (b"a", b"b")]
+    assert found == [
+        Task(name=f"ppl-{label}@64", kind="ppl", source=path, window=64)
+        for label, path in zip(labels, paths, strict=True)
+    ]
 
 
 def test_planning_imports_neither_torch_nor_lm_eval():
@@ -106,13 +118,34 @@ def test_a_group_needs_the_data_of_all_its_members():
     assert len(found) == 57
 
 
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [
+        ("wikitext2/token_ppl@2048", True),
+        ("wikitext/word_perplexity@0shot", True),
+        ("pile_10k/bits_per_byte@0shot", True),
+        ("truthfulqa/brier_score[none]@0shot", True),
+        ("crows_pairs_english/likelihood_diff@0shot", True),
+        ("arc_easy/truncated_requests@5shot", True),
+        ("speed/weights_bytes", True),
+        ("arc_easy/acc_norm@0shot", False),
+        ("arc_easy/acc_bytes@0shot", False),
+        ("gsm8k/exact_match[bias]@5shot", False),
+        ("perplexity/acc@0shot", False),
+        ("speed/decode_tokens_per_s@b1", False),
+    ],
+)
+def test_which_metrics_are_better_when_lower(metric, lower):
+    assert tasks.lower_is_better(metric) == lower
+
+
 def test_data_out_of_reach_is_named_before_any_work(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     (task,) = expand(["arc_easy"], HUB_MODEL, PAPER)
-    with pytest.raises(UserError, match=r"allenai/ai2_arc \(ARC-Easy\) is not in the local cache.*load_dataset"):
+    with pytest.raises(UserError, match=r"allenai/ai2_arc \(ARC-Easy\) is not whole in the local cache.*load_dataset"):
         check(task, offline=True)
 
 
@@ -130,7 +163,7 @@ def model():
 
 @pytest.fixture
 def run(model, tokenizer, tmp_path):
-    def run(task, progress=None, **settings):
+    def run(task, progress=None, model=model, **settings):
         return evaluate(
             task,
             model,
@@ -166,7 +199,7 @@ def wikileads_mc():
 def test_multiple_choice_is_the_sum_of_token_log_probabilities(run, wikileads_mc, model, tokenizer, tmp_path):
     from benchmarks.task_definitions.wikileads_mc import questions
 
-    metrics, versions = run(wikileads_mc, documents=5)
+    metrics, versions = run(wikileads_mc, documents=3)
     samples = gzip.decompress((tmp_path / "samples" / "wikileads_mc@0shot.jsonl.gz").read_bytes()).splitlines()
     correct = []
     for question, line in zip(questions(), samples, strict=False):
@@ -177,8 +210,8 @@ def test_multiple_choice_is_the_sum_of_token_log_probabilities(run, wikileads_mc
         correct.append(float(scores.index(max(scores)) == question["gold"]))
         assert sample["correct"] == {"acc": correct[-1]}
     metric = metrics["wikileads_mc/acc@0shot"]
-    assert (metric.value, metric.n) == (sum(correct) / 5, 5)
-    expected = torch.tensor(correct).std() / 5**0.5
+    assert (metric.value, metric.n) == (sum(correct) / 3, 3)
+    expected = torch.tensor(correct).std() / 3**0.5
     assert metric.stderr == pytest.approx(float(expected), rel=1e-5)
     assert versions == {
         "dataset_revisions": {"wikileads_mc": "0.0.7"},
@@ -186,23 +219,112 @@ def test_multiple_choice_is_the_sum_of_token_log_probabilities(run, wikileads_mc
     }
 
 
-def test_samples_are_the_same_bytes_every_time(run, wikileads_mc, tmp_path):
-    file = tmp_path / "samples" / "wikileads_mc@0shot.jsonl.gz"
-    first, again = (run(wikileads_mc, documents=1) and file.read_bytes() for _ in range(2))
+TOY = """
+custom_dataset: !function toy.dataset
+fewshot_split: train
+test_split: test
+doc_to_text: "{{question}}"
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_choice: ["yes", "no"]
+doc_to_target: 0
+"""
+DEFINITIONS = {
+    "toy.py": """
+from datasets import Dataset
+
+def dataset(**metadata):
+    questions = [{"question": "Is it so?" * (1 + number)} for number in range(6)]
+    return {"train": Dataset.from_list(questions), "test": Dataset.from_list(questions)}
+""",
+    "zero.yaml": f"task: toy_zero\n{TOY}{CHOICE}",
+    "two.yaml": f"task: toy_two\nnum_fewshot: 2\n{TOY}{CHOICE}",
+    "three.yaml": f"task: toy_three\nnum_fewshot: 2\n{TOY}{CHOICE}",
+    "written.yaml": f"""
+task: toy_written
+{TOY}
+output_type: generate_until
+doc_to_target: so
+generation_kwargs: {{until: [x], max_gen_toks: 5}}
+""",
+    "same.yaml": "group: toys_same\ntask: [toy_two, {task: toy_three}]",
+    "mixed.yaml": """
+group: toys_mixed
+task: [toy_zero, toy_two, {task: toy_three, num_fewshot: 1}]
+aggregate_metric_list: [{metric: acc, aggregation: mean}]
+""",
+}
+"""Tasks of six questions of 9 to 54 letters; groups of them."""
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """The definitions, in place of this repository's own."""
+    folder = tmp_path / "definitions"
+    folder.mkdir()
+    for name, content in DEFINITIONS.items():
+        (folder / name).write_text(content)
+    monkeypatch.setattr(tasks, "OWN_TASKS", folder)
+    return lambda name: expand([name], OWN_MODEL, SMOKE)[0]
+
+
+def test_samples_are_the_same_bytes_every_time(run, toys, tmp_path):
+    file = tmp_path / "samples" / "toy_zero@0shot.jsonl.gz"
+    first, again = (run(toys("toy_zero")) and file.read_bytes() for _ in range(2))
     assert first == again
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_batches_change_no_answer(run, wikileads_mc):
-    one, many = (run(wikileads_mc, documents=2, batch_size=size)[0] for size in (1, 5))
+def test_batches_change_no_answer(run, toys):
+    one, many = (run(toys("toy_zero"), batch_size=size)[0] for size in (1, 5))
     assert one == many
 
 
-def test_progress_reaches_its_end(run, wikileads_mc):
+def test_progress_reaches_its_end(run, toys):
     events = []
-    run(wikileads_mc, Tracker(events.append), documents=2, batch_size=1)
+    run(toys("toy_zero"), Tracker(events.append), documents=4, batch_size=1)
     assert events[-1].finished
     assert events[-1].done == events[-1].total == 2  # 8 requests, 4 batches of 1 at a time
+
+
+@pytest.mark.parametrize(
+    ("request_", "task", "metrics"),
+    [
+        ("toy_two", "toy_two@2shot", {"toy_two/acc@2shot"}),
+        ("toy_two@0shot", "toy_two@0shot", {"toy_two/acc@0shot"}),
+        ("toys_same", "toys_same@2shot", {"toy_two/acc@2shot", "toy_three/acc@2shot"}),
+        (
+            "toys_mixed",
+            "toys_mixed@mixedshot",
+            {"toy_zero/acc@0shot", "toy_two/acc@2shot", "toy_three/acc@1shot", "toys_mixed/acc@mixedshot"},
+        ),
+        (
+            "toys_mixed@1shot",
+            "toys_mixed@1shot",
+            {f"{name}/acc@1shot" for name in ("toy_zero", "toy_two", "toy_three", "toys_mixed")},
+        ),
+    ],
+)
+def test_every_member_of_a_group_has_its_own_shots_unless_asked(run, toys, tmp_path, request_, task, metrics):
+    asked = toys(request_)
+    assert asked.name == task
+    found, versions = run(asked, documents=2)
+    assert set(found) - {name.replace("/acc@", "/acc_norm@") for name in metrics} == metrics
+    samples = {path.name.removesuffix(".jsonl.gz") for path in (tmp_path / "samples").iterdir()}
+    assert samples == {name.replace("/acc", "") for name in metrics if not name.startswith("toys")}
+    assert samples <= set(versions["task_versions"])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("toy_zero", 3), ("toy_written", 2)])
+def test_requests_that_the_model_has_no_room_for_are_counted(run, toys, name, expected):
+    # Questions have 9, 18, ... 54 letters, each a token. Of " yes" and " no" all but the last token is fed too;
+    # writing takes up to 5 tokens. One of 45 letters fits a room of 47 with " no" only.
+    small = tiny_model("llama-gqa", dtype=torch.float32, vocab_size=257, max_position_embeddings=47)
+    metrics, _ = run(toys(name), model=small)
+    assert metrics[f"{name}/truncated_requests@0shot"].value == expected
+    assert metrics[f"{name}/truncated_requests@0shot"].n == (12 if name == "toy_zero" else 6)
+    assert f"{name}/truncated_requests@0shot" not in run(toys(name))[0]
 
 
 def test_solved_examples_a_task_does_not_allow_are_an_error(run, monkeypatch):
@@ -216,7 +338,7 @@ def test_solved_examples_a_task_does_not_allow_are_an_error(run, monkeypatch):
 
     monkeypatch.setattr(TaskManager, "load", lambda self, names: {"tasks": {"fixed": Fixed()}, "groups": {}})
     with pytest.raises(UserError, match="fixes fixed at zero shots.*arc_easy@0shot"):
-        run(Task(name="arc_easy@5shot", kind="lm_eval", source="arc_easy", shots=5))
+        run(Task(name="arc_easy@5shot", kind="lm_eval", source="arc_easy", shots=5, forced=True))
 
 
 def test_stock_tasks_run_under_their_stock_names(run, tmp_path):
@@ -235,10 +357,11 @@ def test_stock_tasks_run_under_their_stock_names(run, tmp_path):
 def test_perplexity_of_a_local_text(run, inputs):
     (task,) = expand([f"ppl:{inputs / 'text.txt'}@64"], HUB_MODEL, SMOKE)
     metrics, versions = run(task)
-    assert set(metrics) == {"text/token_ppl@64"}
-    assert metrics["text/token_ppl@64"].n == SMOKE.ppl_windows
-    assert set(versions["dataset_revisions"]) == {"text"}
-    assert set(versions["task_versions"]) == {"ppl-text@64"}
+    label = f"text-{sha256((inputs / 'text.txt').read_bytes()).hexdigest()[:8]}"
+    assert set(metrics) == {f"{label}/token_ppl@64"}
+    assert metrics[f"{label}/token_ppl@64"].n == SMOKE.ppl_windows
+    assert set(versions["dataset_revisions"]) == {label}
+    assert set(versions["task_versions"]) == {f"ppl-{label}@64"}
 
 
 def test_speed_is_measured_too(run):

@@ -81,7 +81,7 @@ def undone(cell: str) -> str:
 LATEX_NAMES = {
     **{"textbackslash": "\\", "textasciicircum": "^", "textasciitilde": "~", "textless": "<", "textgreater": ">"},
     **{"textbar": "|", "textquotesingle": "'", "textasciigrave": "`", "textdagger": "†", "textdaggerdbl": "‡"},
-    **{"textpm": "±", "ttfamily": '"'},
+    **{"textpm": "±", "textsection": "§", "ttfamily": '"'},
 }
 LATEX_TOKEN = re.compile(
     r"""\\(text[a-z]+)\{\}         # a named sign
@@ -119,7 +119,7 @@ def paper_tables(tmp_path: Path) -> list[Table]:
 def test_any_text_survives_in_its_cell(suffix: str, text: str) -> None:
     shown = plain(text)
     if suffix == "tex":
-        shown = "".join(char if char.isascii() or char in "±" else f"[U+{ord(char):04X}]" for char in shown)
+        shown = "".join(char if char.isascii() or char in "±§" else f"[U+{ord(char):04X}]" for char in shown)
     table = table_of((Cell(text), Cell(1.5)), (Cell("last"), Cell(None)))
     assert READERS[suffix](FORMATS[suffix](table)) == [[shown, "1.50"], ["last", "-"]]
 

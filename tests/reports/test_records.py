@@ -83,3 +83,11 @@ def test_unfinished_record_may_lack_everything_measured(tmp_path: Path) -> None:
     factory.write(tmp_path, [factory.failed("tiny-llama", "shortgpt", 0.6, "out of memory") | {"provenance": None}])
     (record,) = read_all(tmp_path)
     assert (record.status, record.error, record.size, record.metrics) == ("failed", "out of memory", {}, {})
+
+
+def test_failed_record_keeps_what_was_measured_before_and_is_checked_for_it(tmp_path: Path) -> None:
+    factory.write(tmp_path, [factory.record(status="failed", error="out of memory")])
+    (record,) = read_all(tmp_path)
+    assert record.status == "failed" and record.size["on_budget"] and "wikileads/token_ppl@512" in record.metrics
+    with pytest.raises(ReportError, match="lacks size.active_total"):
+        read_all(factory.write(tmp_path, [factory.record(status="failed", seed=1, size={"dense_params": 1})]))

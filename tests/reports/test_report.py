@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from reports.formats import FORMATS
 from reports.records import ReportError, read_all
-from reports.render import files, write
+from reports.render import TABLES, files, write
 from tests.reports import factory
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +80,30 @@ def test_bad_results_end_in_one_paragraph_and_status_2_with_nothing_written(tmp_
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "run_all.py" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_tables_of_an_earlier_report_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("unfinished.md", "few-shot.html", "notes.md", "size.txt"):
+        (tmp_path / name).write_text("old")
+    write({"report.md": "x", "size.csv": "x"}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "size.csv", "notes.md", "size.txt"}
+
+
+def test_every_table_is_known_by_name(tmp_path: Path) -> None:
+    metrics = factory.record()["metrics"] | {"arc_easy/acc@5shot": {"value": 0.5, "stderr": None, "n": 9}}
+    records = [factory.record(metrics=metrics), factory.failed("tiny-llama", "shortgpt", 0.6, "boom")]
+    found = files(read_all(factory.write(tmp_path, records)))
+    assert {name for name in found if name != "report.md"} == {f"{table}.{x}" for table in TABLES for x in FORMATS}
+
+
+def test_report_claims_equal_conditions_only_where_they_are(tmp_path: Path) -> None:
+    claim, otherwise = "see the same windows and documents", "Numbers with ‡ were measured on other windows"
+    report = " ".join(contents(tmp_path)["report.md"].split())
+    assert claim in report and otherwise not in report and "deviation over the seeds" not in report
+    other = factory.record(method="slicegpt", ratio=0.6, provenance__task_versions={"ppl-wikileads@512": "2"})
+    records = [factory.record(), factory.record(seed=1), other]
+    report = " ".join(files(read_all(factory.write(tmp_path / "other", records)))["report.md"].split())
+    assert claim not in report and otherwise in report and "deviation over the seeds" in report
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:

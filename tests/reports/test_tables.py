@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import reports.tables
 from reports.accuracy import few_shot_table, zero_shot_table
+from reports.comparison import Measured
 from reports.cost import size_table, speed_table
 from reports.perplexity import perplexity_table
 from reports.records import read_all
@@ -169,6 +170,130 @@ def test_seeds_of_a_single_row_that_were_measured_otherwise_are_marked(tmp_path:
     assert "tiny-llama dense at 100 %: wikileads_mc/acc@0shot has seeds of different n." in table.notes
 
 
+def test_another_window_or_number_of_shots_does_not_mark_a_number(tmp_path: Path) -> None:
+    names = (
+        "wikileads/token_ppl@512",
+        "wikileads/token_ppl@256",
+        "arc_challenge/acc@0shot",
+        "arc_challenge/acc@25shot",
+    )
+    metrics = dict.fromkeys(names, entry(0.5))
+    versions = {"ppl-wikileads@512": "1", "arc_challenge@0shot": "1.0"}
+    more = versions | {"ppl-wikileads@256": "1", "arc_challenge@25shot": "2.0"}
+    found = results(
+        tmp_path,
+        factory.record(metrics=metrics, provenance__task_versions=versions),
+        factory.record(**BASE, metrics=metrics, provenance__task_versions=more),
+    )
+    for name in ("wikileads/token_ppl@512", "arc_challenge/acc@0shot"):
+        assert Measured(name, found).differences() == []
+    assert Measured("arc_challenge/acc@25shot", found).differences() == [
+        "tiny-llama slicegpt at 60 %: arc_challenge/acc@25shot task version 2.0, not unknown."
+    ]
+
+
+def test_a_version_that_is_recorded_in_one_row_only_is_named(tmp_path: Path) -> None:
+    without = factory.record(**BASE, provenance__task_versions={})
+    found = results(tmp_path, factory.record(), factory.record(method="shortgpt"), without)
+    assert Measured("wikileads/token_ppl@512", found).differences() == [
+        "tiny-llama slicegpt at 60 %: wikileads/token_ppl@512 task version unknown, not 1."
+    ]
+
+
+def test_seeds_of_which_one_has_no_version_are_said_to_differ_in_it(tmp_path: Path) -> None:
+    found = results(tmp_path, factory.record(), factory.record(seed=1, provenance__task_versions={}))
+    assert Measured("wikileads/token_ppl@512", found).differences() == [
+        "tiny-llama dense at 100 %: wikileads/token_ppl@512 has seeds of different task version."
+    ]
+
+
+def test_finished_metrics_of_a_failed_cell_are_shown_and_called_incomplete(tmp_path: Path) -> None:
+    part = {"wikileads/token_ppl@512": entry(30.0, n=8)}
+    cell = factory.record(**BASE, status="failed", error="boom", metrics=part)
+    found = results(tmp_path, factory.record(), cell, factory.failed("tiny-llama", "shortgpt", 0.6, "early"))
+    for table in (perplexity_table(found), size_table(found)):
+        assert table is not None
+        assert "Incomplete, see the failed and skipped cells: tiny-llama slicegpt at 60 %." in table.notes
+    shown = lookup(perplexity_table(found))
+    assert shown["tiny-llama", "slicegpt", "wikileads @512: 60 %"] == "30.00 ± 0.01"
+    assert all("shortgpt" not in key for key in shown)
+
+
+def test_what_plus_minus_means_is_said_as_it_applies(tmp_path: Path) -> None:
+    one = results(tmp_path / "one")
+    two = results(tmp_path / "two", factory.record(**BASE), factory.record(**BASE, seed=1))
+    for build in (perplexity_table, zero_shot_table, speed_table):
+        single, several = build(one), build(two)
+        assert single is not None and several is not None
+        assert single.caption.endswith("± is one standard error.")
+        assert several.caption.endswith("or the standard deviation over the seeds where a number says seeds.")
+
+
+@pytest.mark.parametrize(
+    ("counts", "columns"),
+    [
+        ({"mmlu_a": 30, "mmlu_b": 10}, ["mmlu"]),
+        ({"mmlu_a": 30, "mmlu_b": 10, "mmlu_stem": 40}, ["mmlu"]),  # a subgroup has no data of its own
+        ({"mmlu_a": 30, "mmlu_pro": 9}, ["mmlu", "mmlu_a", "mmlu_pro"]),  # cannot tell: it does not add up
+        ({"mmlu_a": 30, "mmlu_b": 10, "mmlu_pro": 9, "mmlu_pro_a": 9}, ["mmlu", "mmlu_pro"]),
+        ({"mmlu_b": 9}, ["mmlu", "mmlu_b"]),
+        ({"mmluother": 40}, ["mmlu", "mmluother"]),
+    ],
+)
+def test_only_what_adds_up_to_a_group_is_hidden_as_its_part(
+    tmp_path: Path, counts: dict[str, int], columns: list[str]
+) -> None:
+    metrics = {f"{task}/acc@5shot": entry(0.4, n=n) for task, n in ({"mmlu": 40} | counts).items()}
+    leaves = {task: "abc" for task in counts if task not in ("mmlu_stem", "mmlu_pro")}
+    table = few_shot_table(results(tmp_path, factory.record(metrics=metrics, provenance__dataset_revisions=leaves)))
+    assert table is not None
+    assert [column.group for column in table.columns[4:] if column.group] == columns
+
+
+def test_cut_prompts_are_marked_and_counted_and_no_score(tmp_path: Path) -> None:
+    score = {"arc_easy/acc_norm@0shot": entry(0.4)}
+    cut = score | {"arc_easy/truncated_requests@0shot": entry(3.0, 160, None)}
+    orphan = {"bundle/truncated_requests@0shot": entry(2.0, 9, None)}
+    found = results(tmp_path, factory.record(metrics=cut | orphan), factory.record(**BASE, metrics=score))
+    table = zero_shot_table(found)
+    shown = lookup(table)
+    assert table is not None and [str(column) for column in table.columns[4:]] == ["arc_easy: acc_norm"]
+    assert shown["tiny-llama", "100", "dense", "arc_easy: acc_norm"] == "40.0 ± 1.0§"
+    assert shown["tiny-llama", "60", "slicegpt", "arc_easy: acc_norm"] == "40.0 ± 1.0"
+    assert "tiny-llama dense at 100 %: arc_easy/acc_norm@0shot, 3 of 160 prompts cut." in table.notes
+    assert table.notes[0].startswith("§ measured on prompts that were cut")
+    assert list(cautions(found)) == [
+        "Measured but in none of the tables, see the records: bundle/truncated_requests@0shot."
+    ]
+
+
+@pytest.mark.parametrize(("share", "uneven"), [(0.74, True), (0.681, True), (0.679, False)])
+def test_methods_of_clearly_different_size_are_named_below_every_table(
+    tmp_path: Path, share: float, uneven: bool
+) -> None:
+    found = results(
+        tmp_path,
+        *(
+            factory.record(method=method, ratio=0.7, size__dense_params=1000, size__active_total=active)
+            for method, active in (("slicegpt", 660), ("shortgpt", round(1000 * share)))
+        ),
+    )
+    told = (
+        f"Not of one size: on tiny-llama at 70 % asked, counted are shortgpt {100 * share:.2f} %, slicegpt 66.00 %, "
+        "so part of the difference between these methods is one of size."
+    )
+    tables = [build(found) for build in (perplexity_table, zero_shot_table, size_table, speed_table)]
+    assert all((told in table.notes) == uneven for table in tables if table) and None not in tables
+    assert (told in list(cautions(found))) == uneven
+
+
+def test_speed_names_the_device_that_timed_it(tmp_path: Path) -> None:
+    later = {"speed": {"git_commit": "4f2a9c1", "git_dirty": True, "device": "cuda:0: X"}}
+    table = speed_table(results(tmp_path, factory.record(), factory.record(**BASE, provenance__tasks=later)))
+    assert table is not None
+    assert any(note.endswith("between rows: cpu: 2 cores; cuda:0: X.") for note in table.notes)
+
+
 def test_speed_says_in_words_what_is_not_faster(tmp_path: Path) -> None:
     table = speed_table(results(tmp_path))
     assert table is not None
@@ -220,3 +345,15 @@ def test_head_of_the_report_names_every_distinct_value(tmp_path: Path) -> None:
     assert found["Commit"] == "4f2a9c1 with uncommitted changes; no commit"
     assert found["Ratios"] == "60 % (total basis)"
     assert found["Calibration"] == "wikileads, 16 windows of 256 tokens"
+
+
+def test_tasks_measured_at_another_commit_are_named_in_the_head(tmp_path: Path) -> None:
+    run = {"git_commit": "77aa", "git_dirty": False, "started": "2026-11-23", "device": "cpu: 8 cores", "command": "c"}
+    later = {"speed": run, "arc_easy@0shot": run}
+    found = results(tmp_path, factory.record(), factory.record(**BASE, provenance__tasks=later))
+    assert dict(facts(found))["Commit"] == "4f2a9c1 with uncommitted changes; 77aa"
+    assert dict(facts(found))["Started"] == "2026-11-22T10:00:00+00:00 to 2026-11-23"
+    assert next(cautions(found)) == (
+        "Measured at several commits, so numbers may differ because the program does. "
+        "4f2a9c1 with uncommitted changes: whole cells; 77aa: arc_easy@0shot, speed."
+    )
