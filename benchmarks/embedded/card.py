@@ -40,7 +40,7 @@ laptop; it writes plausible encyclopaedic sentences and knows nothing.
 | tokenizer | own byte-level BPE of {vocabulary:,} entries, trained on the same split |
 | tokens seen | {tokens:,} ({epochs:.1f} epochs) in {steps:,} steps |
 | loss (nats per token) | at the end: train {train_loss:.3f}, validation {validation_loss:.3f}; kept: {best_loss:.3f} |
-| command | `python -m benchmarks.embedded.train {name}` |
+| command | `OMP_NUM_THREADS=1 python -m benchmarks.embedded.train {name} --compile` |
 
 ## Held-out perplexity
 

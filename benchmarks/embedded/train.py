@@ -1,6 +1,6 @@
 """Train the embedded models on the `train` split of wikileads, on a CPU.
 
-    python -m benchmarks.embedded.train tiny-llama          # about an hour on two cores
+    python -m benchmarks.embedded.train tiny-llama          # an hour or two on one core
     python -m benchmarks.embedded.train tiny-phi --steps 20 --out /tmp/try
 
 Hidden matrices are optimised by Muon, everything else by AdamW (transformers' classes, random init). Dropout on what

@@ -1,8 +1,8 @@
 """Decoder families: where the parts of a Hugging Face decoder are and what its config means. One file per family.
 
 To support another architecture, write a `Family` beside `llama.py`, add it to `FAMILIES`, give it a config class in
-`methods/modeling/config.py` (and `CONFIGS`) and a model class in `methods/modeling/compressed.py` (and `MODELS`), and add
-it to `tests/methods/tiny.py`: the contract tests then run on it.
+`methods/modeling/config.py` (and `CONFIGS`) and a model class in `methods/modeling/compressed.py` (and `MODELS`), and
+add it to `tests/methods/tiny.py`: the contract tests then run on it.
 """
 
 from methods.errors import UserError
