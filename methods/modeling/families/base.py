@@ -53,8 +53,24 @@ def required(config: Mapping[str, Any], *keys: str) -> list[Any]:
     return [config[key] for key in keys]
 
 
-def head_widths(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(query width, key/value width) from head counts and the head dimension, which defaults to hidden / heads."""
-    hidden, heads = required(config, "hidden_size", "num_attention_heads")
+def common_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that most configs state under the same keys, as fields of `DecoderShape`."""
+    vocabulary, hidden, layers, mlp_width, max_positions, heads = required(
+        config,
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+    )
     head_dim = config.get("head_dim") or hidden // heads
-    return heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    return {
+        "vocabulary": vocabulary,
+        "hidden": hidden,
+        "layers": layers,
+        "attention_width": heads * head_dim,
+        "kv_width": (config.get("num_key_value_heads") or heads) * head_dim,
+        "mlp_width": mlp_width,
+        "max_positions": max_positions,
+    }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from methods.errors import UserError
-from methods.modeling.families.base import Family, head_widths, required
+from methods.modeling.families.base import Family, common_sizes
 from methods.modeling.shape import DecoderShape
 
 
@@ -12,22 +12,12 @@ def shape(config: Mapping[str, Any]) -> DecoderShape:
     """The shape a Phi config describes."""
     if config.get("qk_layernorm"):
         raise UserError("Phi models with qk_layernorm are not supported; phi-1, phi-1.5 and phi-2 do not use it.")
-    vocabulary, hidden, layers, mlp_width, max_positions = required(
-        config, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"
-    )
-    attention_width, kv_width = head_widths(config)
     return DecoderShape(
-        vocabulary=vocabulary,
-        hidden=hidden,
-        layers=layers,
-        attention_width=attention_width,
-        kv_width=kv_width,
-        mlp_width=mlp_width,
+        **common_sizes(config),
         gated=False,
         parallel=True,
         layer_norm=True,
         tied=config.get("tie_word_embeddings", False),
-        max_positions=max_positions,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
