@@ -53,7 +53,7 @@ def required(config: Mapping[str, Any], *keys: str) -> list[Any]:
     return [config[key] for key in keys]
 
 
-def common_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes that most configs state under the same keys, as fields of `DecoderShape`."""
     vocabulary, hidden, layers, mlp_width, max_positions, heads = required(
         config,
