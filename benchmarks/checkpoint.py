@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from benchmarks import data, models, record, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
-from methods.base import Context
+from methods.base import Context, Training
 from methods.modeling.footprint import Footprint, footprint
 
 
@@ -72,10 +72,24 @@ def _compress(
         return model, {}
     text = data.load(job.source, "calibration")
     calibration = data.sample_calibration(text, tokenizer, source.samples, source.window, job.cell.seed)
-    context = Context(device=job.device, seed=job.cell.seed, scratch=job.scratch / "method", progress=progress)
+    context = Context(
+        device=job.device,
+        seed=job.cell.seed,
+        scratch=job.scratch / "method",
+        training=_training(job, model),
+        artifacts=job.folder,
+        progress=progress,
+    )
     torch.manual_seed(job.cell.seed)
     compressed = job.method.compress(model, tokenizer, job.budget, calibration, context)
     return compressed, {f"calibration:{source.name}": text.revision, "calibration:sha256": calibration.sha256}
+
+
+def _training(job: Job, model: PreTrainedModel) -> Training:
+    """What the preset grants to methods that train, windows capped at the model's limit."""
+    preset = job.cell.budget
+    window = min(preset.training_window, model.config.max_position_embeddings)
+    return Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window)
 
 
 def _size(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> dict[str, Any]:

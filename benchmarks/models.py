@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from benchmarks import hub
 from benchmarks.assets import AssetMissing, asset_path
 from methods.errors import UserError, unknown
+from methods.modeling.record import SCHEMA
 from methods.modeling.shape import DecoderShape
-from methods.modeling.structures.record import SCHEMA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

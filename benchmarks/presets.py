@@ -1,11 +1,11 @@
-"""What `--budget smoke|demo|paper` stands for: how much calibration and evaluation a run may spend."""
+"""What `--budget smoke|demo|paper` stands for: how much calibration, training and evaluation a run may spend."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """How much calibration and evaluation a run may spend."""
+    """How much calibration, training and evaluation a run may spend."""
 
     name: str
     """What `--budget` calls it."""
@@ -13,6 +13,12 @@ class Preset:
     """Windows of calibration text every method gets."""
     calibration_window: int
     """Tokens per calibration window, capped at the model's limit."""
+    training_steps: int
+    """Optimiser steps of methods that train."""
+    training_sequences: int
+    """Sequences per training step."""
+    training_window: int
+    """Tokens per training sequence, capped at the model's limit."""
     ppl_windows: int | None
     """Perplexity windows per text; None: all."""
     ppl_lengths: tuple[int, ...]
@@ -38,6 +44,9 @@ PRESETS = {
             name="smoke",
             calibration_samples=8,
             calibration_window=128,
+            training_steps=20,
+            training_sequences=2,
+            training_window=128,
             ppl_windows=2,
             ppl_lengths=(512,),
             documents=8,
@@ -51,6 +60,9 @@ PRESETS = {
             name="demo",
             calibration_samples=16,
             calibration_window=256,
+            training_steps=300,
+            training_sequences=8,
+            training_window=256,
             ppl_windows=8,
             ppl_lengths=(512,),
             documents=40,
@@ -64,6 +76,9 @@ PRESETS = {
             name="paper",
             calibration_samples=128,
             calibration_window=2048,
+            training_steps=10_000,
+            training_sequences=1,
+            training_window=2048,
             ppl_windows=None,
             ppl_lengths=(2048, 4096),
             documents=None,

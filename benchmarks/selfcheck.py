@@ -2,6 +2,7 @@
 
     python -m benchmarks.selfcheck startup           # --list and --plan beside a bare interpreter
     python -m benchmarks.selfcheck methods           # compressing tiny-llama beside one pass over the calibration text
+    python -m benchmarks.selfcheck experts           # an MLP of experts beside the dense one, by store and tokens
     python -m benchmarks.selfcheck kill --times 20   # SIGKILL a running matrix at random moments, compare the records
 
 Times are medians of interleaved repeats of one run, so that a busy machine slows everything alike.

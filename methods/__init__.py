@@ -9,12 +9,23 @@ import importlib
 import wrapt
 
 # One line per method: importing a method's module registers it.
-from methods import dense, shortgpt, slicegpt
+from methods import dense, random_structures, shortgpt, slicegpt, structured_magnitude, tomoe
 from methods.registry import configure, get, names, register
 
-__all__ = ["configure", "dense", "get", "names", "register", "shortgpt", "slicegpt"]
+__all__ = [
+    "configure",
+    "dense",
+    "get",
+    "names",
+    "random_structures",
+    "register",
+    "shortgpt",
+    "slicegpt",
+    "structured_magnitude",
+    "tomoe",
+]
 
 
 @wrapt.when_imported("transformers")
 def _register_auto_classes(module: object) -> None:
-    importlib.import_module("methods.modeling.compressed").register_auto_classes()
+    importlib.import_module("methods.modeling.config")

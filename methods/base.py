@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -114,6 +114,10 @@ class Calibration(Protocol):
         """The sample in batches of at most `size` windows, always in the same order."""
         ...
 
+    def rows(self) -> Mapping[str, Sequence[str]]:
+        """All text the sample was drawn from, for methods that train: the non-empty rows of every source, by name."""
+        ...
+
 
 class Progress(Protocol):
     """Somewhere to show that long work advances."""
@@ -132,6 +136,18 @@ class Silent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Training:
+    """How much a method that trains may spend; the others ignore it."""
+
+    steps: int = 10_000
+    """Optimiser steps."""
+    sequences: int = 1
+    """Sequences per step."""
+    window: int = 2048
+    """Tokens per sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """Where and how a method runs."""
 
@@ -142,6 +158,9 @@ class Context:
     """Calibration windows per forward pass."""
     scratch: Path
     """A folder (to be made when needed) that survives a kill, for the checkpoints of methods that train."""
+    training: Training = field(default_factory=Training)
+    artifacts: Path | None = None
+    """A folder that outlives the run, for what a method leaves to be analysed (training.csv); None: keep nothing."""
     progress: Progress = field(default_factory=Silent)
 
 

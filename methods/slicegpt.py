@@ -120,7 +120,7 @@ def sliced_size(shape: DecoderShape, width: int) -> tuple[int, int]:
         readers = (qkv + inputs * F) * d + qkv * (shape.qkv_bias or shift) + inputs * F * (shape.mlp_bias or shift)
         writers = heads * attention_out + attention_out * shape.output_bias + F * out + out * shape.mlp_bias
         shortcuts = d * out + (0 if shape.parallel else d * d)
-        return readers + writers + shortcuts
+        return readers + writers + shortcuts + shape.head_norms
 
     block = (shape.layers - 1) * layer(d) + layer(D)
     head = V * D + V * (shape.head_bias or shift)

@@ -12,9 +12,24 @@ if TYPE_CHECKING:
     from methods.modeling.decoder import DecoderLayer as DecoderLayer
     from methods.modeling.decoder import layer_calls as layer_calls
     from methods.modeling.decoder import watch_layers as watch_layers
+    from methods.modeling.structures.moe_inspect import describe_experts as describe_experts
+    from methods.modeling.structures.moe_inspect import expert_ids as expert_ids
+    from methods.modeling.structures.moe_mlp import convert_mlp as convert_mlp
+    from methods.modeling.structures.moe_mlp import expert_record as expert_record
+    from methods.modeling.structures.moe_mlp import set_experts as set_experts
+    from methods.modeling.structures.narrow_attention import attention_record as attention_record
+    from methods.modeling.structures.narrow_attention import narrow_heads as narrow_heads
+    from methods.modeling.structures.narrow_attention import narrow_qk as narrow_qk
+    from methods.modeling.structures.narrow_attention import narrow_vo as narrow_vo
+    from methods.modeling.structures.narrow_mlp import narrow_mlp as narrow_mlp
     from methods.modeling.structures.removed_layers import keep_layers as keep_layers
     from methods.modeling.structures.rotated_residual import convert_layer as convert_layer
     from methods.modeling.structures.rotated_residual import replace_norm as replace_norm
+    from methods.modeling.structures.topk_choice import ValueRule as ValueRule
+    from methods.modeling.structures.topk_choice import ValueSelector as ValueSelector
+    from methods.modeling.structures.topk_values import convert_values as convert_values
+    from methods.modeling.structures.topk_values import set_value_cache as set_value_cache
+    from methods.modeling.structures.topk_values import value_record as value_record
 
 _HOMES = {
     "rebuild": "compressed",
@@ -22,9 +37,24 @@ _HOMES = {
     "DecoderLayer": "decoder",
     "layer_calls": "decoder",
     "watch_layers": "decoder",
+    "describe_experts": "structures.moe_inspect",
+    "expert_ids": "structures.moe_inspect",
+    "convert_mlp": "structures.moe_mlp",
+    "expert_record": "structures.moe_mlp",
+    "set_experts": "structures.moe_mlp",
+    "attention_record": "structures.narrow_attention",
+    "narrow_heads": "structures.narrow_attention",
+    "narrow_qk": "structures.narrow_attention",
+    "narrow_vo": "structures.narrow_attention",
+    "narrow_mlp": "structures.narrow_mlp",
     "keep_layers": "structures.removed_layers",
     "convert_layer": "structures.rotated_residual",
     "replace_norm": "structures.rotated_residual",
+    "ValueRule": "structures.topk_choice",
+    "ValueSelector": "structures.topk_choice",
+    "convert_values": "structures.topk_values",
+    "set_value_cache": "structures.topk_values",
+    "value_record": "structures.topk_values",
 }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     OPTForCausalLM,
@@ -17,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 from transformers.initialization import no_init_weights
 
@@ -26,16 +26,29 @@ from methods.modeling.config import (
     CompressedOPTConfig,
     CompressedPhiConfig,
     CompressedQwen2Config,
+    CompressedQwen3Config,
     compressed_config,
 )
-from methods.modeling.structures import removed_layers, rotated_residual
-from methods.modeling.structures.record import structures_of
+from methods.modeling.record import structures_of
+from methods.modeling.structures import (
+    moe_mlp,
+    narrow_attention,
+    narrow_mlp,
+    removed_layers,
+    rotated_residual,
+    topk_values,
+)
 
 STRUCTURES: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
     removed_layers.NAME: lambda model, record: None,  # `num_hidden_layers` says it all
     rotated_residual.NAME: rotated_residual.apply,
+    narrow_mlp.NAME: narrow_mlp.apply,
+    moe_mlp.NAME: moe_mlp.apply,
+    narrow_attention.NAME: narrow_attention.apply,
+    topk_values.NAME: topk_values.apply,
 }
-"""What gives a dense model a structure's modules and shapes, by the structure's name."""
+"""What gives a dense model a structure's modules and shapes, by name, in the order they apply (a saved record is sorted
+by the alphabet)."""
 
 
 class _Compressed(PreTrainedModel):
@@ -43,10 +56,13 @@ class _Compressed(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        for name, record in structures_of(config).items():
+        recorded = structures_of(config)
+        for name in recorded:
             if name not in STRUCTURES:
                 raise unknown("structure of this checkpoint", name, STRUCTURES, "A newer tomoe-bench may know it.")
-            STRUCTURES[name](self, record)
+        for name, apply in STRUCTURES.items():
+            if name in recorded:
+                apply(self, recorded[name])
 
 
 class CompressedLlamaForCausalLM(_Compressed, LlamaForCausalLM):
@@ -59,6 +75,12 @@ class CompressedQwen2ForCausalLM(_Compressed, Qwen2ForCausalLM):
     """A compressed Qwen2."""
 
     config_class = CompressedQwen2Config
+
+
+class CompressedQwen3ForCausalLM(_Compressed, Qwen3ForCausalLM):
+    """A compressed Qwen3."""
+
+    config_class = CompressedQwen3Config
 
 
 class CompressedPhiForCausalLM(_Compressed, PhiForCausalLM):
@@ -76,17 +98,14 @@ class CompressedOPTForCausalLM(_Compressed, OPTForCausalLM):
 MODELS: tuple[type[PreTrainedModel], ...] = (
     CompressedLlamaForCausalLM,
     CompressedQwen2ForCausalLM,
+    CompressedQwen3ForCausalLM,
     CompressedPhiForCausalLM,
     CompressedOPTForCausalLM,
 )
 
 
-def register_auto_classes() -> None:
-    """Make transformers' Auto classes know the classes above and their configs."""
-    for model_class in MODELS:
-        config_class = cast(type[PreTrainedConfig], model_class.config_class)
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+for _model in MODELS:
+    AutoModelForCausalLM.register(cast(type[PreTrainedConfig], _model.config_class), _model, exist_ok=True)
 
 
 def rebuild(model: PreTrainedModel, structures: dict[str, dict[str, Any]], **changes: Any) -> PreTrainedModel:
@@ -103,5 +122,6 @@ def rebuild(model: PreTrainedModel, structures: dict[str, dict[str, Any]], **cha
         attention = model.config._attn_implementation
         built = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
     built.load_state_dict(model.state_dict(), assign=True)
+    built.tie_weights()
     built.generation_config = model.generation_config
     return built.to(model.device).eval()

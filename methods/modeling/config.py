@@ -1,11 +1,12 @@
 """Configs of compressed checkpoints: the stock config of the family plus `compression`, the shape record."""
 
+import importlib
 from typing import Any
 
-from transformers import LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from methods.modeling.families import COMPRESSED_PREFIX, family_of
-from methods.modeling.structures.record import add_structure
+from methods.modeling.record import add_structure
 
 
 class CompressedLlamaConfig(LlamaConfig):
@@ -19,6 +20,13 @@ class CompressedQwen2Config(Qwen2Config):
     """Qwen2Config with a compression record."""
 
     model_type = COMPRESSED_PREFIX + "qwen2"
+    compression: dict[str, Any] | None = None
+
+
+class CompressedQwen3Config(Qwen3Config):
+    """Qwen3Config with a compression record."""
+
+    model_type = COMPRESSED_PREFIX + "qwen3"
     compression: dict[str, Any] | None = None
 
 
@@ -39,6 +47,7 @@ class CompressedOPTConfig(OPTConfig):
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": CompressedLlamaConfig,
     "qwen2": CompressedQwen2Config,
+    "qwen3": CompressedQwen3Config,
     "phi": CompressedPhiConfig,
     "opt": CompressedOPTConfig,
 }
@@ -54,3 +63,8 @@ def compressed_config(
     for name, record in structures.items():
         add_structure(config, name, record)
     return config
+
+
+for _config in CONFIGS.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+importlib.import_module("methods.modeling.compressed")  # registers the models, which need the classes above

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from methods.base import Batch
 from methods.errors import UserError
 from methods.modeling.families import Family, family_of
 from methods.modeling.shape import DecoderShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # not at run time: structures/__init__.py says why
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,30 @@ class DecoderLayer:
         return self._linear(self.family.output)
 
     @property
+    def mlp(self) -> nn.Module | None:
+        """The module that computes the MLP; None where the block does it from projections of its own."""
+        module = self.module.get_submodule(self.family.mlp or self.family.up)
+        return None if isinstance(module, nn.Linear) else module
+
+    def _mlp_part(self, name: str) -> nn.Module:
+        """A part of the MLP by the last part of its name, wherever a structure has put the rest."""
+        holder = self.module if self.mlp is None else self.mlp
+        return holder.get_submodule(name.rpartition(".")[2])
+
+    @property
     def mlp_inputs(self) -> list[nn.Linear]:
         """Gate (if there is one) and up."""
-        return [self._linear(name) for name in (self.family.gate, self.family.up) if name]
+        return [cast(nn.Linear, self._mlp_part(name)) for name in (self.family.gate, self.family.up) if name]
+
+    @property
+    def mlp_activation(self) -> nn.Module:
+        """The function between them and down."""
+        return self._mlp_part(self.family.activation)
 
     @property
     def mlp_output(self) -> nn.Linear:
         """Down."""
-        return self._linear(self.family.down)
+        return cast(nn.Linear, self._mlp_part(self.family.down))
 
     @property
     def parallel(self) -> bool:
@@ -74,10 +92,10 @@ class DecoderLayer:
 
     def run_mlp(self, x_BTD: Tensor) -> Tensor:
         """The MLP of normed input, shape [B, T, D] to [B, T, D]."""
-        if self.family.mlp:
-            return self.module.get_submodule(self.family.mlp)(x_BTD)
+        if self.mlp is not None:
+            return self.mlp(x_BTD)
         (up,) = self.mlp_inputs
-        return self.mlp_output(self.module.get_submodule(self.family.activation)(up(x_BTD)))
+        return self.mlp_output(self.mlp_activation(up(x_BTD)))
 
 
 class Decoder:

@@ -1,6 +1,7 @@
 """Counting parameters from the tensors of a model, whatever method made it."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,16 +29,31 @@ def count(*modules: nn.Module) -> int:
     return sum(distinct.values())
 
 
+@runtime_checkable
+class PartlyIdle(Protocol):
+    """A module of which a token uses only a part: experts, dynamic value heads."""
+
+    def idle_parameters(self) -> int:
+        """Parameters of the module that one token's forward pass does not use."""
+        ...
+
+
+def active(*modules: nn.Module) -> int:
+    """Elements that one token's forward pass uses."""
+    inner = {part for module in modules for part in module.modules()}
+    return count(*modules) - sum(part.idle_parameters() for part in inner if isinstance(part, PartlyIdle))
+
+
 def footprint(model: PreTrainedModel) -> Footprint:
     """Count a model. Works on the meta device too.
 
-    Every structure so far is static (a removed layer, a rotated residual stream), so that active, distinct and stored
-    parameters are the same; structures that store more than they use will part them.
+    A checkpoint holds every parameter once, so that stored and distinct parameters are the same; copies that a loaded
+    model makes to be faster are not counted. Tables of indices are not parameters, but they are bytes of the file.
     """
     total = count(model)
     return Footprint(
-        active_total=total,
-        active_block=count(Decoder(model).module_list),
+        active_total=active(model),
+        active_block=active(Decoder(model).module_list),
         distinct_total=total,
         stored_total=total,
     )

@@ -20,6 +20,9 @@ class DecoderShape:
     """Query heads times head dimension."""
     kv_width: int
     """Key (and value) heads times head dimension."""
+    head_dim: int
+    rotary: int
+    """Dimensions of a head that rotate with the position, paired (i, i + rotary / 2); 0 with learned positions."""
     mlp_width: int
     gated: bool
     """Whether the MLP has a gate projection beside the up projection."""
@@ -35,6 +38,8 @@ class DecoderShape:
     qkv_bias: bool = False
     output_bias: bool = False
     """Bias of the attention's output projection."""
+    qk_norm: bool = False
+    """Whether queries and keys have an RMS norm over the head, one gain for all heads."""
     mlp_bias: bool = False
     head_bias: bool = False
 
@@ -59,16 +64,37 @@ class DecoderShape:
         return family_of(model_type).shape(config)
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.attention_width // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key (and value) heads."""
+        return self.kv_width // self.head_dim
+
+    @property
+    def rope_groups(self) -> list[tuple[int, ...]]:
+        """Dimensions of a head that query and key must keep or lose together: rotary pairs, then single dimensions."""
+        half = self.rotary // 2
+        return [(i, i + half) for i in range(half)] + [(i,) for i in range(self.rotary, self.head_dim)]
+
+    @property
     def norm(self) -> int:
         """Parameters of one norm."""
         return self.hidden * (1 + self.layer_norm)
+
+    @property
+    def head_norms(self) -> int:
+        """Parameters of the norms of query and key in one block."""
+        return 2 * self.head_dim * self.qk_norm
 
     @property
     def attention(self) -> int:
         """Parameters of one attention module."""
         qkv = self.attention_width + 2 * self.kv_width
         biases = qkv * self.qkv_bias + self.hidden * self.output_bias
-        return (qkv + self.attention_width) * self.hidden + biases
+        return (qkv + self.attention_width) * self.hidden + biases + self.head_norms
 
     @property
     def mlp(self) -> int:

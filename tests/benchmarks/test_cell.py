@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks import cell, checkpoint, job, models, perplexity, record, store, tasks
+from benchmarks import cell, checkpoint, data, job, models, perplexity, record, store, tasks
 from benchmarks.metric import Metric
+from methods.base import Context, Training
+from methods.shortgpt import ShortGPT
 from tests.benchmarks import small_run
 
 TEXT = "text-eec9e2d4"
@@ -165,6 +167,25 @@ def fetched_by_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     known, fingerprint = set(), models.Model.fingerprint
     monkeypatch.setattr(models.Model, "check", lambda model, offline: known.add(model.name))
     monkeypatch.setattr(models.Model, "fingerprint", lambda model: fingerprint(model) if model.name in known else "?")
+
+
+def test_a_method_that_trains_gets_a_budget_all_rows_and_a_folder(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, compress = [], ShortGPT.compress
+
+    def spy(method: ShortGPT, model: Any, tokenizer: Any, budget: Any, calibration: Any, context: Context) -> Any:
+        seen.append((context.training, calibration.rows()))
+        assert context.artifacts is not None
+        (context.artifacts / "training.csv").write_text("step\n")
+        return compress(method, model, tokenizer, budget, calibration, context)
+
+    monkeypatch.setattr(ShortGPT, "compress", spy)
+    assert small_run.run(workplace, "--budget", "demo") == 0
+    text = str(workplace / "text.txt")
+    training = Training(steps=300, sequences=8, window=128)  # 256 tokens are more than the model has positions
+    assert seen == [(training, {text: data.load(text, "calibration").content.split("\n")})]
+    assert (folder(workplace, "shortgpt") / "training.csv").read_text() == "step\n"
 
 
 def test_force_measures_the_asked_tasks_again_and_keeps_the_others(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import data
 from benchmarks.data import Text, sample_calibration
+from benchmarks.embedded import wikileads
 from methods.base import Calibration
 from methods.errors import UserError
 
@@ -31,12 +32,17 @@ def characters(text, add_special_tokens, verbose):
 letters: Any = characters
 
 
+def own(content):
+    """A text of one row."""
+    return Text("own", "calibration", content, "", "", {"own": [content]})
+
+
 @settings(max_examples=20, deadline=None)
 @given(records)
 def test_a_local_record_is_in_exactly_one_split(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("texts") / "own.jsonl"
     name = write_jsonl(path, texts)
-    parts = [set(data._from_records(Path(name), split)[0].split("\n")) - {""} for split in ("calibration", "test")]
+    parts = [set(data._from_records(Path(name), split)[0]) for split in ("calibration", "test")]
     assert not parts[0] & parts[1]
     assert parts[0] | parts[1] == set(texts)
 
@@ -132,9 +138,41 @@ def test_a_prepared_hub_text_is_found_by_split(empty_cache):
 
 
 def test_mix_takes_the_same_number_of_characters_of_each():
-    parts = [Text(name, "calibration", letter * size, "", name) for name, letter, size in ("ax9", "by5", "cz7")
-             for size in [int(size)]]  # fmt: skip
-    assert data._mix(parts) == ("xxxxx\n\nyyyyy\n\nzzzzz", "a+b+c")
+    contents = {"a": "x" * 9, "b": "y" * 5, "c": "z" * 7}
+    rows = {name: {name: [content]} for name, content in contents.items()}
+    mixed = data._mix([Text(name, "calibration", contents[name], "", name, rows[name]) for name in contents])
+    assert (mixed.name, mixed.split, mixed.revision) == ("mix", "calibration", "a+b+c")
+    assert mixed.content == "xxxxx\n\nyyyyy\n\nzzzzz" and mixed.sha256 == sha256(mixed.content.encode()).hexdigest()
+    assert mixed.rows == {name: [content] for name, content in contents.items()}  # whole, not only the equal share
+
+
+def test_rows_of_a_hub_text_are_its_non_empty_records(monkeypatch):
+    from datasets import Dataset
+
+    lines = Dataset.from_dict({"text": [" = Title = \n", "", " A line . \n", " \n"]})
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: lines)
+    monkeypatch.setattr(data.hub, "prepared_commit", lambda rows: "0123")
+    text = data._load.__wrapped__("wikitext2", "calibration", "")  # past the cache
+    assert text.content == "\n\n".join(lines["text"])
+    assert text.rows == {"wikitext2": [" = Title = \n", " A line . \n"]}
+
+
+def test_rows_of_a_local_file_are_its_records(tmp_path):
+    texts = [f"record {number}\nof two lines" for number in range(99)]
+    name = write_jsonl(tmp_path / "own.jsonl", texts)
+    calibration, test = (data.load(name, split) for split in ("calibration", "test"))
+    assert "\n".join(calibration.rows[name]) == calibration.content
+    assert sorted([*calibration.rows[name], *test.rows[name]]) == sorted(texts)
+
+
+def test_rows_of_wikileads_are_its_leads():
+    try:
+        text = data.load("wikileads", "calibration")
+    except UserError as error:
+        pytest.skip(str(error))
+    assert text.content == wikileads.text("calibration") == "".join(text.rows["wikileads"])
+    assert all(row.startswith("= ") for row in text.rows["wikileads"])
+    assert text.sha256.startswith("29479bc4723ae0f9")  # records name it
 
 
 def test_instructions_read_like_alpaca():
@@ -144,10 +182,11 @@ def test_instructions_read_like_alpaca():
 
 
 def test_calibration_is_distinct_windows_of_the_stream():
-    text = Text("own", "calibration", "".join(chr(97 + n % 26) for n in range(300)), "", "")
+    text = own("".join(chr(97 + n % 26) for n in range(300)))
     sample = sample_calibration(text, letters, 8, 16, seed=3)
     assert isinstance(sample, Calibration)
-    assert (sample.samples, sample.window) == (8, 16)
+    assert (sample.name, sample.samples, sample.window) == ("own", 8, 16)
+    assert sample.rows() == {"own": [text.content]}
     batches = [batch.input_ids for batch in sample.batches(3)]
     assert [len(ids) for ids in batches] == [3, 3, 2]
     windows = torch.cat(batches)
@@ -156,14 +195,14 @@ def test_calibration_is_distinct_windows_of_the_stream():
 
 
 def test_calibration_depends_on_its_seed_only():
-    text = Text("own", "calibration", "".join(map(chr, range(100, 400))), "", "")
+    text = own("".join(map(chr, range(100, 400))))
     same, again, other = (sample_calibration(text, letters, 8, 16, seed) for seed in (0, 0, 1))
     assert same.sha256 == again.sha256 != other.sha256
     assert len({tuple(window) for window in same.input_ids.tolist()}) == 8
 
 
 def test_calibration_text_may_be_just_long_enough():
-    text = Text("own", "calibration", "abcdefghij", "", "")
+    text = own("abcdefghij")
     assert sample_calibration(text, letters, 3, 8, seed=0).samples == 3
     with pytest.raises(UserError, match="own has 10 tokens, too few for 4 different windows of 8"):
         sample_calibration(text, letters, 4, 8, seed=0)

@@ -15,7 +15,7 @@ from benchmarks.assets import AssetMissing, asset_path
 from benchmarks.embedded import wikileads
 from benchmarks.models import make_once, resolve
 from methods.errors import UserError
-from methods.modeling.structures.record import SCHEMA
+from methods.modeling.record import SCHEMA
 
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,

@@ -15,8 +15,8 @@ from methods.base import Context
 from methods.errors import UserError
 from methods.modeling.config import compressed_config
 from methods.modeling.footprint import footprint
+from methods.modeling.record import structures_of
 from methods.modeling.shape import DecoderShape
-from methods.modeling.structures.record import structures_of
 from methods.slicegpt import SliceGPT
 from tests.methods.test_shortgpt import silence
 from tests.methods.tiny import (

@@ -20,6 +20,7 @@ PUBLISHED = {
     "llama-2-13b": (("llama", 32000, 5120, 40, 13824, 40, 40), 13_015_864_320),
     "llama-3-8b": (("llama", 128256, 4096, 32, 14336, 32, 8), 8_030_261_248),
     "qwen2.5-7b": (("qwen2", 152064, 3584, 28, 18944, 28, 4), 7_615_616_512),
+    "qwen3-8b": (("qwen3", 151936, 4096, 36, 12288, 32, 8), 8_190_735_360),
     "phi-2": (("phi", 51200, 2560, 32, 10240, 32, 32), 2_779_683_840),
 }
 
@@ -38,6 +39,7 @@ def test_counts_of_published_models(name: str) -> None:
     (kind, vocabulary, hidden, layers, mlp, heads, kv_heads), total = PUBLISHED[name]
     config = {"model_type": kind, "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers}
     config |= {"intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config["head_dim"] = hidden // heads
     assert DecoderShape.from_config({**config, "max_position_embeddings": 4096}).total == total
 
 
@@ -91,7 +93,7 @@ def test_watched_signals_chain_and_the_model_is_left_alone(name: str) -> None:
 
 def test_unsupported_architecture_names_the_supported_ones() -> None:
     config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)
-    with pytest.raises(UserError, match="'gpt2' is not supported. Supported: llama, opt, phi, qwen2"):
+    with pytest.raises(UserError, match="'gpt2' is not supported. Supported: llama, opt, phi, qwen2, qwen3"):
         modeling.Decoder(AutoModelForCausalLM.from_config(config))
 
 
@@ -109,11 +111,24 @@ def test_unsupported_variants_are_refused(name: str, changes: dict, message: str
         DecoderShape.from_config(tiny_config(name, **changes).to_dict())
 
 
+def test_groups_that_query_and_key_keep_or_lose_whole() -> None:
+    phi = DecoderShape.from_config(tiny_config("phi", hidden_size=320, partial_rotary_factor=0.4).to_dict())
+    assert (phi.head_dim, phi.rotary, phi.heads, phi.kv_heads) == (80, 32, 4, 4)
+    assert phi.rope_groups == [(i, i + 16) for i in range(16)] + [(i,) for i in range(32, 80)]
+    qwen3 = DecoderShape.from_config(tiny_config("qwen3").to_dict())
+    assert (qwen3.head_dim, qwen3.heads, qwen3.kv_heads) == (16, 4, 2)
+    assert qwen3.rope_groups == [(i, i + 8) for i in range(8)]
+    assert DecoderShape.from_config(tiny_config("opt").to_dict()).rope_groups == [(i,) for i in range(8)]
+
+
 def test_incomplete_config_is_refused() -> None:
     with pytest.raises(UserError, match="lacks model_type"):
         DecoderShape.from_config({})
     with pytest.raises(UserError, match="lacks hidden_size"):
         DecoderShape.from_config({"model_type": "llama", "vocab_size": 3, "num_hidden_layers": 1})
+    incomplete = {key: value for key, value in tiny_config("qwen3").to_dict().items() if key != "head_dim"}
+    with pytest.raises(UserError, match="lacks head_dim"):
+        DecoderShape.from_config(incomplete)
 
 
 def test_mixed_kinds_of_attention_are_refused_where_one_mask_must_serve_all() -> None:

@@ -52,8 +52,8 @@ def install(folder: Path, entry: str, module: str = THIRD_PARTY) -> None:
 
 
 def test_built_in_methods_have_names_titles_and_references() -> None:
-    assert methods.names()[:3] == ["dense", "shortgpt", "slicegpt"]
-    for name in ("shortgpt", "slicegpt"):
+    assert methods.names()[0] == "dense" and {"shortgpt", "slicegpt"} < set(methods.names())
+    for name in methods.names()[1:]:
         method = methods.get(name)
         assert issubclass(method, Method) and method.name == name and method.title
         assert method.reference.startswith("https://arxiv.org/abs/")

@@ -1,11 +1,15 @@
 """Tiny random models of every family, and a calibration sample for them. Random weights: for unit tests only."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from methods.base import Batch
 
@@ -20,11 +24,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **LLAMA},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, **LLAMA},
     "qwen2-tied": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True, **LLAMA},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16, **LLAMA},
     "phi": {"model_type": "phi", "intermediate_size": 64, "partial_rotary_factor": 0.5},
     "opt": {"model_type": "opt", "ffn_dim": 64},
     "opt-untied": {"model_type": "opt", "ffn_dim": 64, "tie_word_embeddings": False},
 }
-ONE_PER_FAMILY = ["llama-gqa", "qwen2", "phi", "opt"]
+ONE_PER_FAMILY = ["llama-gqa", "qwen2", "qwen3", "phi", "opt"]
 
 
 def tiny_config(name: str, **changes: Any) -> Any:
@@ -37,20 +42,21 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, 
     """A random model with nothing at a neutral value: gains not 1, biases and embedding means not 0."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=dtype).eval()
-    if dtype == torch.float64:
-        _compute_norms_in_fp64(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) + 0.03)
     return model
 
 
-def _compute_norms_in_fp64(model: PreTrainedModel) -> None:
-    """Transformers' RMS norms round to fp32 inside; torch's own do not, so that fp64 comparisons mean something."""
-    for name, module in list(model.named_modules()):
-        if name.endswith("norm") and hasattr(module, "variance_epsilon"):
-            eps = float(module.variance_epsilon)  # type: ignore[arg-type]
-            model.set_submodule(name, torch.nn.RMSNorm(SIZES["hidden_size"], eps, dtype=torch.float64))
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What transformers' RMS norms do, but for fp64 input, which they round to fp32 inside and this does not."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * exact.to(x.dtype)
+
+
+for _norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+    _norm.forward = _rms_norm  # so that comparisons in fp64 mean something, of rebuilt and loaded models too
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class RandomCalibration:
         mask[:, self.window - self.padded :] = False
         for rows in torch.arange(self.samples).split(size) if self.samples else ():
             yield Batch(ids[rows], mask[rows] if self.padded else None)
+
+    def rows(self) -> dict[str, list[str]]:
+        """Text to train on: lines of random letters."""
+        letters = random.Random(self.seed)
+        return {"random": ["".join(letters.choices("abcdefgh ", k=40)) for _ in range(100)]}
 
 
 def some_ids(batch: int = 2, tokens: int = 12, seed: int = 1) -> torch.Tensor:

@@ -11,10 +11,11 @@ from methods.modeling.families.llama import LLAMA
 from methods.modeling.families.opt import OPT
 from methods.modeling.families.phi import PHI
 from methods.modeling.families.qwen2 import QWEN2
+from methods.modeling.families.qwen3 import QWEN3
 
 __all__ = ["COMPRESSED_PREFIX", "FAMILIES", "Family", "family_of"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2, PHI, OPT)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3, PHI, OPT)}
 
 
 def family_of(model_type: str) -> Family:

@@ -30,6 +30,11 @@ class Family:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     output: str
+    query_norm: str | None = None
+    """Norm of a query over its head, and below of a key; None where there is none."""
+    key_norm: str | None = None
+    scaled_query: bool = False
+    """Whether 1/sqrt(head_dim) multiplies the query rather than the scores: the same but for rounding."""
     mlp: str | None = "mlp"
     """None where the projections sit in the layer itself."""
     gate: str | None
@@ -71,6 +76,8 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "layers": layers,
         "attention_width": heads * head_dim,
         "kv_width": (config.get("num_key_value_heads") or heads) * head_dim,
+        "head_dim": head_dim,
+        "rotary": head_dim,
         "mlp_width": mlp_width,
         "max_positions": max_positions,
     }

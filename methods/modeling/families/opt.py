@@ -13,8 +13,14 @@ POSITION_OFFSET = 2
 
 def shape(config: Mapping[str, Any]) -> DecoderShape:
     """The shape an OPT config describes."""
-    vocabulary, hidden, layers, mlp_width, max_positions = required(
-        config, "vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings"
+    vocabulary, hidden, layers, mlp_width, max_positions, heads = required(
+        config,
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "ffn_dim",
+        "max_position_embeddings",
+        "num_attention_heads",
     )
     post_norm = not config.get("do_layer_norm_before", True) or config.get("_remove_final_layer_norm", False)
     if post_norm or (config.get("word_embed_proj_dim") or hidden) != hidden:
@@ -30,6 +36,8 @@ def shape(config: Mapping[str, Any]) -> DecoderShape:
         layers=layers,
         attention_width=hidden,
         kv_width=hidden,
+        head_dim=hidden // heads,
+        rotary=0,
         mlp_width=mlp_width,
         gated=False,
         parallel=False,
@@ -52,6 +60,7 @@ OPT = Family(
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
     output="self_attn.out_proj",
+    scaled_query=True,
     mlp=None,
     gate=None,
     up="fc1",

@@ -12,8 +12,11 @@ def shape(config: Mapping[str, Any]) -> DecoderShape:
     """The shape a Phi config describes."""
     if config.get("qk_layernorm"):
         raise UserError("Phi models with qk_layernorm are not supported; phi-1, phi-1.5 and phi-2 do not use it.")
+    sizes = common_sizes(config)
+    rope = config.get("rope_parameters") or config
+    sizes["rotary"] = int(sizes["head_dim"] * rope.get("partial_rotary_factor", 0.5))
     return DecoderShape(
-        **common_sizes(config),
+        **sizes,
         gated=False,
         parallel=True,
         layer_norm=True,

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from methods.errors import UserError
 from methods.modeling.decoder import Decoder
+from methods.modeling.record import add_structure, structures_of
 from methods.modeling.structures import rotated_residual
-from methods.modeling.structures.record import add_structure, structures_of
 
 NAME = "removed_layers"
 

@@ -14,7 +14,7 @@ SCHEMA = 1
 
 
 def structures_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """The structures a config records, by name, in the order they apply.
+    """The structures a config records, by name.
 
     Raises:
         UserError: the record is of a newer version than this code knows.

@@ -1,0 +1,18 @@
+"""ToMoE: a dense language model becomes a sparse Mixture-of-Experts by learned dynamic structural pruning.
+
+Gao et al., "ToMoE: Converting Dense Large Language Models to Mixture-of-Experts through Dynamic Structural Pruning",
+https://arxiv.org/abs/2501.15316. Every original weight stays frozen; what is learned is which of them each token uses.
+
+    straight_through    ST-GumbelSigmoid, ST-GumbelSoftmax
+    hypernetwork        expert embeddings E from fixed noise z
+    sites               routers and mask decoders of attention and MLP
+    masking             the masked forward pass (pseudo-MoE)
+    distillation        KD
+    objective           R_P, R_U, R_L
+    accounting          T(w), the target p, added parameters
+    data, training      the training loop
+    conversion, delta   from learned masks to a sparse model, or to a small file on top of the dense one
+    method              hyperparameters and presets
+"""
+
+from methods.tomoe.method import ToMoE as ToMoE

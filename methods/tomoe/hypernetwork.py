@@ -1,0 +1,31 @@
+"""The hypernetwork: one embedding per expert and site, from fixed noise (ToMoE, equation for E = HyperNetwork(z)).
+
+A bidirectional GRU runs over the 2L sites attn0, mlp0, attn1, mlp1, ... of the network, each of the N experts being a
+sequence of its own: information flows between layers, and between attention and MLP, not between experts. Dropped after
+training.
+
+Departs from the released code: z stays fixed. There a later loop makes it trainable.
+"""
+
+# Shape suffixes: S sites (2L), N experts, E embedding width.
+
+import torch
+from torch import Tensor, nn
+
+INPUT = 32
+"""Width of z."""
+
+
+class HyperNetwork(nn.Module):
+    """z [S, N, 32] to embeddings [S, N, E]."""
+
+    z_SNI: Tensor
+
+    def __init__(self, sites: int, experts: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.register_buffer("z_SNI", torch.randn(sites, experts, INPUT, generator=generator))
+        self.gru = nn.GRU(INPUT, width // 2, bidirectional=True)
+
+    def forward(self) -> Tensor:
+        """Embeddings [S, N, E]: forward and backward states side by side, each starting at 0."""
+        return self.gru(self.z_SNI)[0]

@@ -1,0 +1,187 @@
+"""The masked forward pass (pseudo-MoE): the dense model with masks multiplied in, no weight changed (ToMoE, eq. 1-4).
+
+    MLP         y = [act(x Wg) * (x Wu) * s_t] Wdown                          s_t the mask of the token's expert
+    attention   q * s_0, k * s_0,  v_j * s_j (key token),  o_t * s_t (query token, before Wo)
+
+Masks come in through hooks on the projections, so that every family's own forward pass runs. Query and key share s_0,
+so one factor is enough for the value of their product: `mask_grad=single` masks q alone and gives dropped dimensions a
+gradient; `double` masks both, as published, and a dropped dimension comes back only by noise. The same holds for
+act(gate) and up.
+"""
+
+# Shape suffixes: B batch, T tokens, D hidden size, N experts, M MLP width, H heads, h head dimension.
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.modeling.decoder import Decoder, DecoderLayer
+from methods.tomoe.network import LayerMasks, ToMoENetwork
+from methods.tomoe.straight_through import st_gumbel_sigmoid, st_gumbel_softmax
+
+CHUNK = 256
+"""Tokens whose MLP activations are held in fp32 at a time, in the backward pass."""
+
+
+class _MaskNeurons(torch.autograd.Function):
+    """h * (G S): the mask of each token's expert on the MLP's activations, without saving anything of their size.
+
+    The backward pass needs h itself, and makes it again from the outputs of gate and up, which the dense network's own
+    backward pass keeps anyway. A few tokens at a time are held in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_TM: Tensor,
+        routes_TN: Tensor,
+        experts_NM: Tensor,
+        inputs: tuple[Tensor, ...],
+        activation: nn.Module,
+        power: int,
+    ) -> Tensor:
+        ctx.save_for_backward(routes_TN, experts_NM, *inputs)
+        ctx.activation, ctx.power = activation, power
+        return h_TM * experts_NM.to(h_TM.dtype)[routes_TN.argmax(-1)]
+
+    @staticmethod
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        routes_TN, experts_NM, *inputs = ctx.saved_tensors
+        choice_T = routes_TN.argmax(-1)
+        grad_experts_NM, grad_routes = torch.zeros_like(experts_NM), []
+        for grad, routes, choice, *parts in zip(
+            *(tensor.split(CHUNK) for tensor in (grad_TM, routes_TN, choice_T, *inputs)), strict=True
+        ):
+            product = full_precision(grad * activations(parts, ctx.activation))
+            if ctx.power == 2:
+                product = 2 * product * experts_NM[choice]
+            grad_experts_NM += routes.T @ product
+            grad_routes.append(product @ experts_NM.T)
+        masked = grad_TM * experts_NM.to(grad_TM.dtype)[choice_T]
+        return masked, torch.cat(grad_routes), grad_experts_NM, None, None, None
+
+
+def activations(inputs: list[Tensor], activation: nn.Module) -> Tensor:
+    """act(gate) * up, or act(up) of a plain MLP."""
+    first, *rest = inputs
+    return activation(first) * rest[0] if rest else activation(first)
+
+
+class MaskedDecoder:
+    """A dense model whose layers apply `self.masks` while they are on.
+
+    With no masks (None) the model is the dense one: the teacher.
+    """
+
+    def __init__(self, decoder: Decoder, network: ToMoENetwork, *, noise: bool = True) -> None:
+        self.decoder, self.network, self.noise = decoder, network, noise
+        self.masks: list[LayerMasks] | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator["MaskedDecoder"]:
+        """While open, the hooks are in the model."""
+        handles = [
+            handle for index, layer in enumerate(self.decoder.layers) for handle in self._attach_layer(index, layer)
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attach_layer(self, index: int, layer: DecoderLayer) -> list[Any]:
+        query, key, value = layer.attention_inputs
+        return [
+            query.register_forward_pre_hook(self._hook(index, self._choose_values)),
+            query.register_forward_hook(self._hook(index, self._mask_query)),
+            key.register_forward_hook(self._hook(index, self._mask_key)),
+            value.register_forward_hook(self._hook(index, self._mask_value)),
+            layer.attention_output.register_forward_pre_hook(self._hook(index, self._mask_output)),
+            layer.mlp_inputs[0].register_forward_pre_hook(self._hook(index, self._route)),
+            *self._attach_mlp(index, layer),
+        ]
+
+    def _attach_mlp(self, index: int, layer: DecoderLayer) -> list[Any]:
+        inputs: dict[int, Tensor] = {}
+        activation = layer.module.get_submodule(layer.family.activation)
+
+        def keep(position: int) -> Callable[..., None]:
+            return lambda masks, index, args, output: inputs.__setitem__(position, output.detach())
+
+        def mask(masks: LayerMasks, index: int, args: tuple, output: None = None) -> tuple:
+            parts = tuple(inputs.pop(position).flatten(0, -2) for position in sorted(inputs))
+            return (self._mask_neurons(masks, index, args[0], parts, activation),)
+
+        kept = enumerate(layer.mlp_inputs)
+        handles = [linear.register_forward_hook(self._hook(index, keep(position))) for position, linear in kept]
+        return [*handles, layer.mlp_output.register_forward_pre_hook(self._hook(index, mask))]
+
+    def _hook(self, index: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, output: Any = None) -> Any:
+            if self.masks is None:
+                return None
+            with torch.autocast(args[0].device.type, enabled=False):
+                return function(self.masks[index], index, args, output)
+
+        return hook
+
+    def _route(self, masks: LayerMasks, index: int, args: tuple, output: None) -> None:
+        logits_BTN = self.network.mlp_sites[index].router(full_precision(args[0]))
+        masks.routes_BTN, masks.shares_BTN = st_gumbel_softmax(logits_BTN, self.network.settings.tau, noise=self.noise)
+
+    def _mask_neurons(
+        self, masks: LayerMasks, index: int, h: Tensor, inputs: tuple[Tensor, ...], activation: nn.Module
+    ) -> Tensor:
+        settings, routes = self.network.settings, masks.routes_BTN
+        assert routes is not None
+        power = 2 if settings.mask_grad == "double" and len(inputs) == 2 else 1
+        if settings.mask_noise == "per_token":
+            logits = self.network.mlp_sites[index].token_logits(routes, masks.embeddings_NE)
+            return h * st_gumbel_sigmoid(logits, settings.tau, noise=self.noise).view_as(h).to(h.dtype) ** power
+        flat = _MaskNeurons.apply(h.flatten(0, -2), routes.flatten(0, -2), masks.experts_NM, inputs, activation, power)
+        return flat.view_as(h)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _choose_values(self, masks: LayerMasks, index: int, args: tuple, output: None) -> None:
+        settings = self.network.settings
+        if settings.dynamic_values:
+            site = self.network.attention_sites[index]
+            logits_BTh = site.value_logits(full_precision(args[0]), masks.mean_E)
+            masks.values_BTh = st_gumbel_sigmoid(logits_BTh, settings.tau, noise=self.noise)
+
+    def _mask_query(self, masks: LayerMasks, index: int, args: tuple, output: Tensor) -> Tensor:
+        return output if masks.qk_h is None else across_heads(output, masks.qk_h)
+
+    def _mask_key(self, masks: LayerMasks, index: int, args: tuple, output: Tensor) -> Tensor:
+        return self._mask_query(masks, index, args, output) if self.network.settings.mask_grad == "double" else output
+
+    def _mask_value(self, masks: LayerMasks, index: int, args: tuple, output: Tensor) -> Tensor:
+        if masks.heads_H is not None:
+            return whole_heads(output, masks.heads_H)
+        assert masks.values_BTh is not None
+        return output if self.network.settings.vo_mask == "o_only" else across_heads(output, masks.values_BTh)
+
+    def _mask_output(self, masks: LayerMasks, index: int, args: tuple, output: None) -> tuple[Tensor]:
+        if masks.heads_H is not None:
+            return (whole_heads(args[0], masks.heads_H),)
+        assert masks.values_BTh is not None
+        return (args[0] if self.network.settings.vo_mask == "v_only" else across_heads(args[0], masks.values_BTh),)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """At least fp32, in which all that is trained computes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def across_heads(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, T, H h] times a mask over the head dimension, [h] or [B, T, h], the same for all heads."""
+    heads = x.unflatten(-1, (-1, mask.shape[-1]))
+    return (heads * mask.to(x.dtype).unsqueeze(-2)).flatten(-2)
+
+
+def whole_heads(x: Tensor, mask_H: Tensor) -> Tensor:
+    """x [B, T, (multiple of H) h] times one bit per key/value head; query heads follow their key/value head."""
+    heads = x.unflatten(-1, (len(mask_H), -1))
+    return (heads * mask_H.to(x.dtype)[:, None]).flatten(-2)

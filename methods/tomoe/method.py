@@ -1,0 +1,178 @@
+"""ToMoE as a `Method`: its hyperparameters, its presets, and the way from a dense model to a sparse one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from methods.base import Budget, Calibration, Context, Method, Prediction
+from methods.errors import UserError
+from methods.modeling.shape import DecoderShape
+from methods.registry import register
+from methods.tomoe.accounting import Added, keep_fraction, prunable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LEAST = 0.02
+"""Smallest p that is worth a try."""
+PAPER = {
+    "embedding": 128,
+    "schedule": "constant",
+    "ramp": 0.0,
+    "mask_noise": "per_token",
+    "mask_grad": "single",
+    "vo_count": "max",
+    "start": "random",
+    "union": "sampled",
+    "router_rate": 1.0,
+}
+RELEASED = PAPER | {
+    "steps": 20_000,
+    "kd_weight": 2.0,
+    "beta": 1.5,
+    "attention_union": False,
+    "load_balance": "released",
+    "mask_grad": "double",
+    "vo_mask": "v_only",
+    "topk": "cap",
+    "kept_values": "max",
+    "inference_noise": True,
+}
+
+
+@register("tomoe", title="ToMoE", reference="https://arxiv.org/abs/2501.15316", family="moe")
+@dataclass(frozen=True, kw_only=True)
+class ToMoE(Method):
+    """Learn which neurons and head dimensions each token needs; no weight is touched."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER, "released": RELEASED}
+
+    experts: int = 8
+    """N, experts per MLP; 1 is a static pruner: one set of neurons and no router."""
+    embedding: int | None = None
+    """Width of expert embeddings and of the attention's projection; None: hidden size / 32, between 16 and 128."""
+    tau: float = 0.4
+    """Temperature of both straight-through functions."""
+    steps: int | None = None
+    """Training steps; None: what `--budget` grants."""
+    learning_rate: float = 3e-3
+    """Of AdamW."""
+    router_rate: float = 1.0
+    """Learning rate of the routers, as a multiple of the others'."""
+    weight_decay: float = 0.05
+    """Of AdamW, on everything trained."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Of the learning rate; `cosine` ends at a tenth."""
+    ramp: float = 0.3
+    """Share of the steps in which the target p falls from 1 to its value."""
+    loss: Literal["kd", "lm"] = "kd"
+    """Distil from the dense model, or predict the next token (ablation)."""
+    kd_weight: float = 1.0
+    """w, of that term."""
+    alpha: float = 16.0
+    """Of R_P, the parameter term."""
+    beta: float = 2.0
+    """Of R_U, the union term; 0 leaves it out."""
+    gamma: float = 1.0
+    """Of R_L, the load-balance term."""
+    load_balance: Literal["paper", "released"] = "paper"
+    """R_L = N sum F P with probabilities, or sum F P with one-hot rows."""
+    attention_union: bool = True
+    """Whether attention sites are in R_U."""
+    union: Literal["sampled", "converted"] = "converted"
+    """R_U looks at sampled masks, or at the noise-free sets that conversion will make."""
+    mask_noise: Literal["per_expert", "per_token"] = "per_expert"
+    """One draw of noise per expert and step, or one per token (a [tokens, MLP width] fp32 mask per layer)."""
+    mask_grad: Literal["single", "double"] = "single"
+    """A mask enters each product once (dropped dimensions get a gradient) or on both factors (they get none)."""
+    vo_mask: Literal["v_and_o", "v_only", "o_only"] = "v_and_o"
+    """Which of value and attention output a token masks."""
+    vo_routing: bool = True
+    """Whether each token chooses its value dimensions; false: one static choice per layer."""
+    vo_count: Literal["mean", "max"] = "mean"
+    """R_P counts the mean token's value dimensions, or the widest token's."""
+    local_embeddings: bool = False
+    """Ablation: attention sites learn an embedding of their own instead of the experts' mean."""
+    head_pruning: bool = False
+    """Ablation: attention drops whole key/value heads with their query heads, and nothing else."""
+    start: Literal["random", "energy"] = "random"
+    """How routers and experts begin."""
+    topk: Literal["exact", "cap"] = "exact"
+    """A converted token keeps exactly K value dimensions, or those above the threshold and at most K."""
+    kept_values: Literal["mean", "max"] = "mean"
+    """K is the mean token's number of value dimensions on the calibration text, or the widest token's."""
+    inference_noise: bool = False
+    """Keep drawing noise in the converted model's routers and value choices."""
+    checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, one more forward pass."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside training.csv."""
+
+    def __post_init__(self) -> None:
+        least = {"experts": 1, "embedding": 2, "steps": 1}
+        for name, value in ((name, getattr(self, name)) for name in least):
+            if value is not None and value < least[name]:
+                raise UserError(f"tomoe.{name} is {value}; the least is {least[name]}. Use --set tomoe.{name}=VALUE.")
+        for name in ("tau", "learning_rate", "router_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(
+                    f"tomoe.{name} is {getattr(self, name):g} and must be above 0. Use --set tomoe.{name}=VALUE."
+                )
+        if not 0 <= self.ramp < 1:
+            raise UserError(f"tomoe.ramp is {self.ramp:g} and must be in [0, 1). Use --set tomoe.ramp=0.3.")
+
+    @property
+    def dynamic_values(self) -> bool:
+        """Whether each token chooses its value dimensions."""
+        return self.vo_routing and not self.head_pruning
+
+    def width(self, shape: DecoderShape) -> int:
+        """E, even: each direction of the GRU gives half."""
+        return (self.embedding or max(16, min(128, shape.hidden // 32))) // 2 * 2
+
+    def added(self, shape: DecoderShape) -> Added:
+        """What conversion adds to each layer."""
+        return Added(experts=self.experts, embedding=self.width(shape) if self.dynamic_values else 0)
+
+    def target(self, shape: DecoderShape, budget: Budget) -> float:
+        """p, the fraction of T_total that may stay.
+
+        Raises:
+            UserError: nothing may stay.
+        """
+        p = keep_fraction(shape, budget, shape.layers * self.added(shape).count(shape))
+        if p < LEAST:
+            least = budget.ratio + (LEAST - p) * prunable(shape) / budget.dense(shape) + 0.005
+            raise UserError(
+                f"ratio {budget.ratio:g} leaves tomoe only {p:.3f} of the weights it chooses from, too few for an "
+                f"expert and a query of any use: the least is {LEAST}. "
+                f"Use --ratios {least:.2f} or more."
+            )
+        return p
+
+    def predict(self, shape: DecoderShape, budget: Budget) -> Prediction:
+        """Widths go in single neurons: the size asked for."""
+        if budget.ratio == 1:
+            return Prediction(active_total=shape.total, active_block=shape.block)
+        self.target(shape, budget)
+        gone = round((1 - budget.ratio) * budget.dense(shape))
+        return Prediction(active_total=shape.total - gone, active_block=shape.block - gone)
+
+    def compress(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        budget: Budget,
+        calibration: Calibration,
+        context: Context,
+    ) -> PreTrainedModel:
+        """Train the masks of `model`, then cut it to what they keep."""
+        from methods.tomoe.conversion import convert  # these need torch, and listing methods must not
+        from methods.tomoe.training import train
+
+        if budget.ratio == 1:
+            return model
+        network = train(self, model, tokenizer, budget, calibration, context)
+        return convert(self, model, network, budget, calibration, context)

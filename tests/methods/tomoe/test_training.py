@@ -1,0 +1,151 @@
+"""Training: what moves and what does not, resuming bit for bit, non-finite steps, activation checkpointing, memory."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from methods.base import Budget
+from methods.errors import UserError
+from methods.tomoe import ToMoE, training
+from methods.tomoe.network import ToMoENetwork
+from methods.tomoe.training import Trainer, train
+from tests.methods.tiny import ONE_PER_FAMILY, tiny_model
+from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
+
+HALF = Budget(ratio=0.6, basis="block", tolerance=0.2)
+
+
+def run(
+    folder: Path, name: str = "llama-gqa", *, steps: int = 4, artifacts: Path | None = None, **settings: Any
+) -> ToMoENetwork:
+    method = ToMoE(**{"experts": 3, "embedding": 4, "start": "random"} | settings)
+    model = tiny_model(name, dtype=torch.float32)
+    return train(
+        method, model, tokenizer(), HALF, SmallCalibration(), context(folder, steps=steps, artifacts=artifacts)
+    )
+
+
+def same(one: ToMoENetwork, other: ToMoENetwork) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(
+        name == other_name and tensor.equal(other_tensor) for (name, tensor), (other_name, other_tensor) in pairs
+    )
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_only_the_network_is_trained_and_z_stays(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name, dtype=torch.float32)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    method = ToMoE(experts=3, embedding=4)
+    trainer = Trainer(method, model, tokenizer(), HALF, SmallCalibration(), context(tmp_path))
+    first = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    trainer.run()
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    moved = {key for key, value in trainer.network.state_dict().items() if not value.equal(first[key])}
+    still = set(first) - moved
+    assert "hypernetwork.z_SNI" in still
+    assert {key for key in still if "prior" not in key and "z_SNI" not in key} <= unused(trainer.network)
+    assert not any(parameter is trainer.network.hypernetwork.z_SNI for parameter in trainer.network.parameters())
+
+
+def unused(network: ToMoENetwork) -> set[str]:
+    """Where query and key keep their width, nothing is decided about them."""
+    return {key for key in network.state_dict() if "static" in key} if network.shape.qk_norm else set()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask_noise": "per_token"}, {"start": "energy"}, {"checkpointing": True}])
+def test_resumed_equals_uninterrupted_bit_for_bit(settings: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    whole = run(tmp_path / "whole", steps=6, artifacts=tmp_path / "a", **settings)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step, killed_at = Trainer._step, 4
+
+    def killed(self: Trainer, number: int, batch: torch.Tensor) -> dict[str, float]:
+        if number == killed_at:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", steps=6, artifacts=tmp_path / "b", **settings)
+    assert [path.name for path in (tmp_path / "part" / "tomoe").iterdir()] == ["step-000004"]
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert same(run(tmp_path / "part", steps=6, artifacts=tmp_path / "b", **settings), whole)
+    one, other = ((tmp_path / folder / "training.csv").read_text() for folder in "ab")
+    without_time = [[row[:-1] for row in csv.reader(text.splitlines())] for text in (one, other)]
+    assert without_time[0] == without_time[1] and len(without_time[0]) == 7
+
+
+def test_the_final_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    assert [path.name for path in (tmp_path / "tomoe").iterdir()] == ["final"]
+    assert same(run(tmp_path), made)
+
+
+def test_different_seeds_differ(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa", dtype=torch.float32)
+    made = [
+        train(ToMoE(experts=2), model, tokenizer(), HALF, SmallCalibration(), context(tmp_path / str(seed), seed=seed))
+        for seed in (0, 1)
+    ]
+    assert not same(*made)
+
+
+@pytest.mark.parametrize(
+    "change, what", [({"tau": 0.5}, "settings"), ({"steps": 9}, "budget"), ({"name": "llama-mha"}, ".*model")]
+)
+def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], what: str, tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(UserError, match=f"is of another {what}.*Remove that folder"):
+        run(tmp_path, **change)
+    assert load_file(tmp_path / "tomoe" / "final" / "state.safetensors")
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path: Path, monkeypatch) -> None:
+    terms = Trainer._terms
+
+    def broken(self: Trainer, *args: Any) -> Any:
+        made = terms(self, *args)
+        broken.calls += 1
+        return made if broken.calls != 2 else type(made)(**{**vars(made), "loss": made.loss * float("nan")})
+
+    broken.calls = 0
+    monkeypatch.setattr(Trainer, "_terms", broken)
+    network = run(tmp_path / "run", artifacts=tmp_path)
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+    rows = list(csv.DictReader((tmp_path / "training.csv").read_text().splitlines()))
+    assert [row["skipped"] for row in rows] == ["0", "1", "1", "1"]
+
+
+def test_a_loss_that_stays_non_finite_stops_the_training_and_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    terms = Trainer._terms
+
+    def broken(self: Trainer, *args: Any) -> Any:
+        made = terms(self, *args)
+        broken.calls += 1
+        return made if broken.calls < 3 else type(made)(**{**vars(made), "loss": made.loss * float("inf")})
+
+    broken.calls = 0
+    monkeypatch.setattr(Trainer, "_terms", broken)
+    with pytest.raises(UserError, match=r"not finite in 10 steps in a row.*learning_rate"):
+        run(tmp_path / "run", steps=40, artifacts=tmp_path)
+    assert len((tmp_path / "training.csv").read_text().splitlines()) == 1 + 11
+    (saved,) = (tmp_path / "run" / "tomoe").iterdir()
+    assert all(tensor.isfinite().all() for tensor in load_file(saved / "state.safetensors").values())
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    kept, recomputed = run(tmp_path / "a"), run(tmp_path / "b", checkpointing=True)
+    assert same(kept, recomputed)
+
+
+def test_the_target_ramps_down_from_the_start(tmp_path: Path) -> None:
+    method = ToMoE(steps=10, ramp=0.5)
+    trainer = Trainer(method, tiny_model("llama-gqa"), tokenizer(), HALF, SmallCalibration(), context(tmp_path))
+    targets = [trainer.plan.p(method, step) for step in range(10)]
+    p = trainer.plan.target
+    assert targets == pytest.approx([trainer.plan.start + (p - trainer.plan.start) * s / 5 for s in range(5)] + [p] * 5)
