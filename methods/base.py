@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from methods.errors import UserError
 from methods.modeling.shape import DecoderShape
@@ -174,6 +174,8 @@ class Method(ABC):
     """Link to the paper."""
     family: ClassVar[str]
     """What it removes: `dense` (nothing), `depth`, `width`, `semi-structured` or `moe`."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings beside the defaults (`--set METHOD.preset=NAME`), for example those of a publication."""
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
         """The size this method will reach, from shapes alone and without torch; None when only running it tells.

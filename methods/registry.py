@@ -19,6 +19,8 @@ GROUP = "tomoe_bench.methods"
 FAMILIES = ("dense", "depth", "width", "semi-structured", "moe")
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
+PRESET = "preset"
+"""What `--set METHOD.preset=NAME` writes in place of a field."""
 
 
 def register(name: str, *, title: str, reference: str, family: str) -> Callable[[M], M]:
@@ -75,18 +77,31 @@ def get(name: str) -> type[Method]:
 def configure(name: str, settings: Mapping[str, str]) -> Method:
     """An instance of a method with some fields set from text, as `--set METHOD.FIELD=VALUE` gives them.
 
+    `--set METHOD.preset=NAME` starts from the values of a preset.
+
     Raises:
         UserError: unknown method or field, or a value that the field cannot take.
     """
     method = get(name)
     fields = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
     types = get_type_hints(method)
-    values = {}
+    values = _preset(method, settings)
     for field, text in settings.items():
+        if field == PRESET:
+            continue
         if field not in fields:
             raise unknown(f"field of {name}", field, fields, f"Use --set {name}.FIELD=VALUE.")
         values[field] = _parse(f"{name}.{field}", text, types[field])
     return method(**values)
+
+
+def _preset(method: type[Method], settings: Mapping[str, str]) -> dict[str, Any]:
+    """The values of the preset that the settings name, to which the others are changes."""
+    presets = {"default": {}, **method.presets}
+    wanted = settings.get(PRESET, "default")
+    if wanted not in presets:
+        raise unknown(f"preset of {method.name}", wanted, presets)
+    return dict(presets[wanted])
 
 
 def _parse(where: str, text: str, kind: Any) -> Any:

@@ -82,7 +82,7 @@ def convert(
     with torch.no_grad():
         scores = measure(network, decoder, calibration, context)
         sizes = solve(settings, decoder.shape, scores, budget)
-        raw = [probability_on(s.experts_NM).sum(1).tolist() for s in scores]
+        raw = [probability_on(s.experts_NM, settings.last_noise).sum(1).tolist() for s in scores]
         for index, layer in enumerate(decoder.layers):
             LayerConversion(settings, decoder.shape, network, index).apply(layer, scores[index], sizes[index])
     return modeling.rebuild(model, _records(settings, model, raw))
@@ -110,7 +110,7 @@ def _value_logits(
 ) -> list[Tensor]:
     """Value scores of calibration tokens, [tokens, h] per layer."""
     seen: list[list[Tensor]] = [[] for _ in means]
-    masked = MaskedDecoder(decoder, network, noise=False)
+    masked = MaskedDecoder(decoder, network, noise=0.0)
 
     def see(index: int) -> Any:
         site = network.attention_sites[index]
@@ -124,7 +124,7 @@ def _value_logits(
     try:
         with masked.attached():
             for batch in calibration.batches(context.batch_size):
-                masked.masks = network.draw(noise=False)
+                masked.masks = network.draw(noise=0.0)
                 decoder.model.base_model(batch.input_ids.to(decoder.model.device), use_cache=False)
                 if sum(map(len, seen[0])) >= TOKENS:
                     break
@@ -164,7 +164,7 @@ def sizes_at(settings: ToMoE, scores: list[Scores], t: float) -> list[Sizes]:
     """Every layer's sizes at a shift of the logits."""
 
     def expected(logits: Tensor) -> Tensor:
-        return probability_on(logits - t).sum(-1)
+        return probability_on(logits - t, settings.last_noise).sum(-1)
 
     def size(s: Scores) -> Sizes:
         values = expected(s.values_Th)

@@ -76,7 +76,7 @@ class MaskedDecoder:
     With no masks (None) the model is the dense one: the teacher.
     """
 
-    def __init__(self, decoder: Decoder, network: ToMoENetwork, *, noise: bool = True) -> None:
+    def __init__(self, decoder: Decoder, network: ToMoENetwork, *, noise: float = 1.0) -> None:
         self.decoder, self.network, self.noise = decoder, network, noise
         self.masks: list[LayerMasks] | None = None
 

@@ -72,7 +72,7 @@ class ToMoENetwork(nn.Module):
         """The parameters that the optimiser sees, by name; z is a buffer and not among them."""
         return dict(self.named_parameters())
 
-    def draw(self, *, noise: bool = True) -> list[LayerMasks]:
+    def draw(self, *, noise: float = 1.0) -> list[LayerMasks]:
         """One draw of the masks that do not depend on tokens, for all layers."""
         embeddings_SNE = self.hypernetwork()
         return [self._draw_layer(layer, embeddings_SNE, noise) for layer in range(self.shape.layers)]
@@ -82,7 +82,7 @@ class ToMoENetwork(nn.Module):
         local = self.attention_sites[layer].local
         return embeddings_SNE[2 * layer].mean(0) if local is None else local
 
-    def _draw_layer(self, layer: int, embeddings_SNE: Tensor, noise: bool) -> LayerMasks:
+    def _draw_layer(self, layer: int, embeddings_SNE: Tensor, noise: float) -> LayerMasks:
         tau = self.settings.tau
         attention, mlp = self.attention_sites[layer], self.mlp_sites[layer]
         embeddings_NE, mean_E = embeddings_SNE[2 * layer + 1], self.mean_embedding(layer, embeddings_SNE)

@@ -114,14 +114,14 @@ def equalised(logits_NM: Tensor, width: int) -> Tensor:
     return torch.zeros_like(logits_NM).scatter_(-1, order, 1.0)
 
 
-def expected_width(logits_NM: Tensor) -> int:
+def expected_width(logits_NM: Tensor, noise: float = 1.0) -> int:
     """max over experts of the expected number of neurons that are on, at least 1."""
-    return max(1, round(float(probability_on(logits_NM.detach()).sum(-1).max())))
+    return max(1, round(float(probability_on(logits_NM.detach(), noise).sum(-1).max())))
 
 
-def converted_masks(logits_NM: Tensor, tau: float) -> Tensor:
+def converted_masks(logits_NM: Tensor, tau: float, noise: float = 1.0) -> Tensor:
     """The sets that conversion would make now, with the gradient of a sigmoid around each expert's cut."""
-    width = expected_width(logits_NM)
+    width = expected_width(logits_NM, noise)
     hard = equalised(logits_NM.detach(), width)
     cut = logits_NM.detach().topk(width).values[:, -1:]
     return straight_through(torch.sigmoid((logits_NM - cut) / tau), hard)
@@ -176,6 +176,7 @@ def terms(
     p: float,
     language: Tensor,
     entropy: Tensor,
+    noise: float = 1.0,
 ) -> Terms:
     """The whole objective of one step.
 
@@ -183,10 +184,11 @@ def terms(
         masks: of every layer, after the student has run.
         logits: mask logits A of every layer's experts, [N, M].
         p: the step's target.
+        noise: the step's scale of the noise.
     """
     layers = [widths(m, shape, settings) for m in masks]
     fraction = active_fraction(layers, shape)
-    converted = [converted_masks(a, settings.tau) for a in logits]
+    converted = [converted_masks(a, settings.tau, noise) for a in logits]
     unions = [union_terms(m, s, settings) for m, s in zip(masks, converted, strict=True)]
     balances = [balance(m) for m in masks]
     r_p = log_ratio(fraction, p)

@@ -20,22 +20,19 @@ from torch.nn.functional import gelu
 class MLPSite(nn.Module):
     """Router and mask decoder of one MLP."""
 
-    prior_NM: Tensor
-
     def __init__(self, hidden: int, experts: int, width: int, mlp_width: int) -> None:
         super().__init__()
         self.router = nn.Linear(hidden, experts, bias=False)
         self.norm = nn.LayerNorm(width)
         self.decoder = nn.Linear(width, mlp_width, bias=False)
-        self.register_buffer("prior_NM", torch.zeros(experts, mlp_width))
 
     def expert_logits(self, embeddings_NE: Tensor) -> Tensor:
         """Mask logits A of the experts, [N, M]."""
-        return self.decoder(gelu(self.norm(embeddings_NE))) + self.prior_NM
+        return self.decoder(gelu(self.norm(embeddings_NE)))
 
     def token_logits(self, routes_BTN: Tensor, embeddings_NE: Tensor) -> Tensor:
         """Mask logits of each token, [B, T, M], through its own embedding q = G E; the value is that of its expert."""
-        return self.decoder(gelu(self.norm(routes_BTN @ embeddings_NE))) + routes_BTN @ self.prior_NM
+        return self.decoder(gelu(self.norm(routes_BTN @ embeddings_NE)))
 
 
 class AttentionSite(nn.Module):

@@ -39,19 +39,23 @@ def gumbel(like: Tensor) -> Tensor:
     return -torch.empty_like(like).exponential_().log()
 
 
-def st_gumbel_sigmoid(logits: Tensor, tau: float, *, noise: bool = True) -> Tensor:
-    """0/1 mask of some mask logits, any shape."""
-    y = torch.sigmoid((logits + OFFSET + (gumbel(logits) if noise else 0.0)) / tau)
+def _noisy(logits: Tensor, noise: float) -> Tensor:
+    return logits + noise * gumbel(logits) if noise else logits
+
+
+def st_gumbel_sigmoid(logits: Tensor, tau: float, *, noise: float = 1.0) -> Tensor:
+    """0/1 mask of some mask logits, any shape; `noise` scales g."""
+    y = torch.sigmoid((_noisy(logits, noise) + OFFSET) / tau)
     return straight_through(y, y.detach().round())
 
 
-def st_gumbel_softmax(logits: Tensor, tau: float, *, noise: bool = True) -> tuple[Tensor, Tensor]:
+def st_gumbel_softmax(logits: Tensor, tau: float, *, noise: float = 1.0) -> tuple[Tensor, Tensor]:
     """One-hot rows and the probabilities y behind them, both [..., N]; ties go to the lowest index."""
-    y = torch.softmax((logits + (gumbel(logits) if noise else 0.0)) / tau, -1)
+    y = torch.softmax(_noisy(logits, noise) / tau, -1)
     hard = torch.zeros_like(y).scatter_(-1, y.detach().argmax(-1, keepdim=True), 1.0)
     return straight_through(y, hard), y
 
 
-def probability_on(logits: Tensor) -> Tensor:
-    """P(on) = 1 - exp(-exp(a + b)) of ST-GSig, whatever tau."""
-    return -torch.expm1(-torch.exp(logits + OFFSET))
+def probability_on(logits: Tensor, noise: float = 1.0) -> Tensor:
+    """P(on) = 1 - exp(-exp((a + b) / noise)) of ST-GSig, whatever tau."""
+    return -torch.expm1(-torch.exp((logits + OFFSET) / noise))

@@ -28,9 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from methods.base import Budget, Calibration, Context
 from methods.errors import UserError
 from methods.modeling.decoder import Decoder
-from methods.modeling.shape import DecoderShape
 from methods.tomoe import objective
-from methods.tomoe.accounting import layer_weights, prunable
 from methods.tomoe.data import Blocks
 from methods.tomoe.distillation import distillation, next_token
 from methods.tomoe.log import StepLog
@@ -87,6 +85,10 @@ class Plan:
             return settings.learning_rate
         return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / self.steps))
 
+    def noise(self, settings: ToMoE, step: int) -> float:
+        """Scale of the noise of a step: from 1 to its last value, linear."""
+        return 1 - (1 - settings.last_noise) * step / max(1, self.steps - 1)
+
     def p(self, settings: ToMoE, step: int) -> float:
         """The target of a step: from the size of the start to p, linear over the first `ramp` of the steps."""
         ramp = settings.ramp * self.steps
@@ -114,7 +116,7 @@ class Trainer:
             sequences=granted.sequences,
             window=min(granted.window, shape.max_positions),
             target=target,
-            start=1.0 if settings.start == "random" else with_mlp_at(target, shape),
+            start=1.0 if settings.start == "random" else target,
             seed=context.seed,
         )
         self.process = PartialState(cpu=context.device == "cpu")
@@ -159,16 +161,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         with seeded((self.plan.seed + 1) * 2**40 + step * 2**10 + self.process.process_index, self.context.device):
-            terms = self._terms(ids, targets, p)
+            terms = self._terms(ids, targets, p, self.plan.noise(self.settings, step))
             terms.loss.backward()
         self._update()
         return {"step": step, "target": p, "learning_rate": rate, "skipped": self.state.skipped, **terms.row()}
 
-    def _terms(self, ids: Tensor, targets: Tensor, p: float) -> objective.Terms:
+    def _terms(self, ids: Tensor, targets: Tensor, p: float, noise: float) -> objective.Terms:
         """The objective on some tokens [sequences, window]."""
         with torch.no_grad():
             teacher_TD = self._hidden(ids, None) if self.settings.loss == "kd" else None
-        masks = self.network.draw()
+        self.masked.noise, masks = noise, self.network.draw(noise=noise)
         student_TD = self._hidden(ids, masks)
         if teacher_TD is None:
             language, entropy = next_token(student_TD, targets.flatten(), self.decoder.head), torch.zeros(())
@@ -176,7 +178,7 @@ class Trainer:
             language, entropy = distillation(student_TD, teacher_TD, self.decoder.head)
         pairs = zip(self.network.mlp_sites, masks, strict=True)
         logits = [site.expert_logits(layer.embeddings_NE) for site, layer in pairs]
-        return objective.terms(self.settings, self.decoder.shape, masks, logits, p, language, entropy)
+        return objective.terms(self.settings, self.decoder.shape, masks, logits, p, language, entropy, noise)
 
     def _hidden(self, ids: Tensor, masks: list[LayerMasks] | None) -> Tensor:
         """Hidden states after the final norm, [tokens, D]; without masks those of the teacher."""
@@ -233,11 +235,6 @@ def optimizer(network: ToMoENetwork, settings: ToMoE) -> torch.optim.AdamW:
     others = [parameter for name, parameter in named.items() if ".router." not in name]
     groups = [{"params": others, "factor": 1.0}, {"params": routers, "factor": settings.router_rate}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-
-
-def with_mlp_at(p: float, shape: DecoderShape) -> float:
-    """The fraction of T_total that is on when MLPs keep p of their neurons and attention is whole."""
-    return shape.layers * layer_weights(shape.head_dim, shape.head_dim, p * shape.mlp_width, shape) / prunable(shape)
 
 
 @contextmanager

@@ -140,3 +140,17 @@ def test_dense_is_ratio_one_only() -> None:
     assert methods.get("dense")().predict(SHAPE, Budget(ratio=1)).active_total == SHAPE.total  # type: ignore[union-attr]
     with pytest.raises(UserError, match="dense has ratio 1"):
         methods.get("dense")().predict(SHAPE, Budget(ratio=0.5))
+
+
+def test_a_preset_is_a_starting_point() -> None:
+    paper = registry.configure("tomoe", {"preset": "paper", "beta": "0"})
+    assert (paper.embedding, paper.mask_noise, paper.beta, paper.alpha) == (128, "per_token", 0.0, 16.0)  # type: ignore[attr-defined]
+    assert registry.configure("tomoe", {"preset": "default"}) == registry.configure("tomoe", {})
+    assert registry.configure("tomoe", {"preset": "released"}).kd_weight == 2.0  # type: ignore[attr-defined]
+
+
+def test_an_unknown_preset_is_an_error() -> None:
+    with pytest.raises(UserError, match="unknown preset of tomoe 'papr'. Did you mean paper"):
+        registry.configure("tomoe", {"preset": "papr"})
+    with pytest.raises(UserError, match="unknown preset of shortgpt 'paper'.*Known: default"):
+        registry.configure("shortgpt", {"preset": "paper"})

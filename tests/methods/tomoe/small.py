@@ -69,4 +69,4 @@ def network(model: PreTrainedModel, seed: int = 0, **settings: Any) -> ToMoENetw
 
 def masked(model: PreTrainedModel, **settings: Any) -> MaskedDecoder:
     """A masked decoder without noise."""
-    return MaskedDecoder(Decoder(model), network(model, **settings), noise=False)
+    return MaskedDecoder(Decoder(model), network(model, **settings), noise=0.0)

@@ -66,13 +66,13 @@ def test_the_counted_size_is_the_one_asked_for(name: str, basis: Any, tmp_path: 
 def test_the_sparse_model_is_the_masked_one(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     sparse, net = converted(name, tmp_path, 0.75, **changes)
     model = tiny_model(name)
-    masked = MaskedDecoder(Decoder(model), net, noise=False)
+    masked = MaskedDecoder(Decoder(model), net, noise=0.0)
     with torch.no_grad():
         scores = measure(net, Decoder(model), SmallCalibration(), context(tmp_path))
         sizes = solve(net.settings, net.shape, scores, Budget(ratio=0.75, basis="block"))
     exact_values(masked, [size.values for size in sizes])
     with masked.attached(), torch.no_grad():
-        masked.masks = net.draw(noise=False)
+        masked.masks = net.draw(noise=0.0)
         for masks, score, size in zip(masked.masks, scores, sizes, strict=True):
             masks.experts_NM = equalised(score.experts_NM, size.neurons)
             if masks.heads_H is not None:

@@ -14,7 +14,7 @@ FAMILIES = ["llama-mha", "llama-gqa", "llama-mqa", "llama-biases", "qwen2", "phi
 
 
 def everything_on(model: MaskedDecoder) -> list[LayerMasks]:
-    shape, layers = model.network.shape, model.network.draw(noise=False)
+    shape, layers = model.network.shape, model.network.draw(noise=0.0)
     for masks in layers:
         masks.experts_NM = torch.ones_like(masks.experts_NM)
         masks.qk_h = None if masks.qk_h is None else torch.ones(shape.head_dim)
@@ -46,7 +46,7 @@ def test_masks_are_zeroed_weights(name: str, grad: str, vo_mask: str) -> None:
     model = tiny_model(name)
     student = masked(model, experts=1, vo_routing=False, mask_grad=grad, vo_mask=vo_mask)
     with student.attached(), torch.no_grad():
-        student.masks = student.network.draw(noise=False)
+        student.masks = student.network.draw(noise=0.0)
         got = logits(model)
     assert 0 < sum(masks.qk_h.mean() for masks in student.masks) < 4  # pyright: ignore[reportOptionalMemberAccess]
     assert 0 < sum(masks.values_BTh.mean() for masks in student.masks) < 4  # pyright: ignore[reportOptionalMemberAccess]
@@ -101,7 +101,7 @@ def test_a_dropped_neuron_gets_a_gradient_only_with_single_masks() -> None:
         model.requires_grad_(False)
         student = masked(model, mask_grad=grad)
         with student.attached():
-            student.masks = student.network.draw(noise=False)
+            student.masks = student.network.draw(noise=0.0)
             for masks in student.masks:
                 masks.experts_NM.retain_grad()
             model(input_ids=some_ids()).logits.square().sum().backward()

@@ -66,9 +66,9 @@ def test_the_choice_is_a_draw_from_the_softmax() -> None:
 
 
 def test_without_noise_ties_go_to_the_lowest_index() -> None:
-    routes, _ = st_gumbel_softmax(torch.tensor([[1.0, 2.0, 2.0]]), 0.4, noise=False)
+    routes, _ = st_gumbel_softmax(torch.tensor([[1.0, 2.0, 2.0]]), 0.4, noise=0.0)
     assert routes.tolist() == [[0.0, 1.0, 0.0]]
-    assert st_gumbel_sigmoid(torch.tensor([-2.9, -3.1]), 0.4, noise=False).tolist() == [1.0, 0.0]
+    assert st_gumbel_sigmoid(torch.tensor([-2.9, -3.1]), 0.4, noise=0.0).tolist() == [1.0, 0.0]
 
 
 def test_straight_through_does_not_round() -> None:
