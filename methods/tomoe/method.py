@@ -19,6 +19,7 @@ LEAST = 0.02
 """Smallest p that is worth a try."""
 PAPER = {
     "embedding": 128,
+    "learning_rate": 1e-3,
     "schedule": "constant",
     "ramp": 0.0,
     "mask_noise": "per_token",
@@ -57,7 +58,7 @@ class ToMoE(Method):
     """Temperature of both straight-through functions."""
     steps: int | None = None
     """Training steps; None: what `--budget` grants."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """Of AdamW."""
     router_rate: float = 1.0
     """Learning rate of the routers, as a multiple of the others'."""
@@ -99,7 +100,7 @@ class ToMoE(Method):
     """Ablation: attention sites learn an embedding of their own instead of the experts' mean."""
     head_pruning: bool = False
     """Ablation: attention drops whole key/value heads with their query heads, and nothing else."""
-    start: Literal["random", "energy"] = "random"
+    start: Literal["random", "energy"] = "energy"
     """How routers and experts begin."""
     topk: Literal["exact", "cap"] = "exact"
     """A converted token keeps exactly K value dimensions, or those above the threshold and at most K."""
