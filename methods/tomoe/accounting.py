@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from methods.base import Budget
 from methods.modeling.shape import DecoderShape
@@ -57,14 +57,25 @@ def keep_fraction(shape: DecoderShape, budget: Budget, added: int = 0) -> float:
     return (budget.ratio * dense - (dense - total) - added) / total
 
 
-def active_block(shape: DecoderShape, layers: Sequence[tuple[int, int, int]], added: Added) -> int:
-    """Parameters of all blocks that a token uses once converted to widths (qk, vo, mlp) per layer."""
-    return sum(_active_layer(shape, qk, vo, mlp) + added.count(shape) for qk, vo, mlp in layers)
+class Kept(NamedTuple):
+    """What a converted layer's token uses: head dimensions, and neurons."""
+
+    qk: float
+    value: float
+    output: float
+    mlp: int
 
 
-def _active_layer(shape: DecoderShape, qk: int, vo: int, mlp: int) -> int:
-    biases = (shape.heads + shape.kv_heads) * qk + shape.kv_heads * vo
-    attention = biases * shape.qkv_bias + shape.hidden * shape.output_bias
-    projections = (2 if shape.gated else 1) * mlp + shape.hidden
-    norms = shape.layer - shape.attention - shape.mlp + 2 * shape.head_dim * shape.qk_norm
-    return int(layer_weights(qk, vo, mlp, shape) + attention + projections * shape.mlp_bias + norms)
+def active_block(shape: DecoderShape, layers: Sequence[Kept], added: Added) -> int:
+    """Parameters of all blocks that a token uses once converted."""
+    return sum(_active_layer(shape, kept) + added.count(shape) for kept in layers)
+
+
+def _active_layer(shape: DecoderShape, kept: Kept) -> int:
+    heads, kv_heads, d = shape.heads, shape.kv_heads, shape.hidden
+    attention = d * ((heads + kv_heads) * kept.qk + kv_heads * kept.value + heads * kept.output)
+    mlp = d * (3 if shape.gated else 2) * kept.mlp
+    qkv_biases = ((heads + kv_heads) * kept.qk + kv_heads * kept.value) * shape.qkv_bias
+    mlp_biases = ((2 if shape.gated else 1) * kept.mlp + d) * shape.mlp_bias
+    norms = shape.layer - shape.attention - shape.mlp + shape.head_norms
+    return round(attention + mlp + qkv_biases + mlp_biases + d * shape.output_bias + norms)

@@ -18,8 +18,8 @@ Departs from the released code: no noise, equal widths, K from calibration text 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,8 +143,8 @@ def solve(settings: ToMoE, shape: DecoderShape, scores: list[Scores], budget: Bu
     wanted = budget.ratio * budget.dense(shape)
     outside = 0 if budget.basis == "block" else shape.total - shape.block
 
-    def excess(t: float) -> float:
-        return outside + counted(settings, shape, scores, sizes_at(settings, scores, t)) - wanted
+    def excess(t: float, t_mlp: float | None = None) -> float:
+        return outside + counted(settings, shape, scores, sizes_at(settings, scores, t, t_mlp)) - wanted
 
     if excess(HIGH) > 0:
         least = (excess(HIGH) + wanted) / budget.dense(shape)
@@ -152,25 +152,35 @@ def solve(settings: ToMoE, shape: DecoderShape, scores: list[Scores], budget: Bu
             f"ratio {budget.ratio:g} is below the least that tomoe can make of this model, {least:.3f}: one neuron and "
             f"one value dimension per layer, and what routing adds. Use --ratios {least + 0.01:.2f} or more."
         )
-    t: Any = LOW if excess(LOW) <= 0 else bisect(excess, LOW, HIGH, xtol=1e-9)
-    return sizes_at(settings, scores, t if excess(t) <= 0 else t + 1e-8)
+    t = _largest_within(excess)
+    # Attention shrinks in larger steps than MLPs: what it leaves over goes to them.
+    return sizes_at(settings, scores, t, _largest_within(lambda t_mlp: excess(t, t_mlp)))
+
+
+def _largest_within(excess: Callable[[float], float]) -> float:
+    """The least shift whose size is within the budget."""
+    if excess(LOW) <= 0:
+        return LOW
+    t = float(bisect(excess, LOW, HIGH, xtol=1e-9))  # pyright: ignore[reportArgumentType]
+    return t if excess(t) <= 0 else t + 1e-8
 
 
 LOW, HIGH = -60.0, 60.0
 """Shifts at which everything is on, and nothing."""
 
 
-def sizes_at(settings: ToMoE, scores: list[Scores], t: float) -> list[Sizes]:
-    """Every layer's sizes at a shift of the logits."""
+def sizes_at(settings: ToMoE, scores: list[Scores], t: float, t_mlp: float | None = None) -> list[Sizes]:
+    """Every layer's sizes at a shift of the logits, or one for attention and one for MLPs."""
+    t_mlp = t if t_mlp is None else t_mlp
 
-    def expected(logits: Tensor) -> Tensor:
-        return probability_on(logits - t, settings.last_noise).sum(-1)
+    def expected(logits: Tensor, shift: float = t) -> Tensor:
+        return probability_on(logits - shift, settings.last_noise).sum(-1)
 
     def size(s: Scores) -> Sizes:
         values = expected(s.values_Th)
         kept = values.mean() if settings.kept_values == "mean" else values.max()
         groups = 0 if s.groups_G is None else _at_least_one(expected(s.groups_G))
-        return Sizes(groups, _at_least_one(kept), _at_least_one(expected(s.experts_NM).max()))
+        return Sizes(groups, _at_least_one(kept), _at_least_one(expected(s.experts_NM, t_mlp).max()))
 
     return [size(s) for s in scores]
 
@@ -181,17 +191,19 @@ def _at_least_one(count: Tensor) -> int:
 
 def counted(settings: ToMoE, shape: DecoderShape, scores: list[Scores], sizes: list[Sizes]) -> int:
     """Parameters of all blocks that one token would use."""
-    widths = [_widths(settings, shape, s, size) for s, size in zip(scores, sizes, strict=True)]
-    return accounting.active_block(shape, widths, settings.added(shape))
+    layers = [_kept(settings, shape, s, size) for s, size in zip(scores, sizes, strict=True)]
+    return accounting.active_block(shape, layers, settings.added(shape))
 
 
-def _widths(settings: ToMoE, shape: DecoderShape, scores: Scores, sizes: Sizes) -> tuple[int, int, int]:
-    """What a layer keeps of queries and keys, of values and outputs, and of the MLP; per head of the dense layer."""
-    if settings.head_pruning:  # every kept head is whole; `active_block` multiplies by all heads again
-        part = Fraction(sizes.groups * shape.head_dim, shape.kv_heads)
-        return part, part, sizes.neurons  # pyright: ignore[reportReturnType]
-    qk = sum(len(shape.rope_groups[group]) for group in best(scores.groups_G, sizes.groups))
-    return qk or shape.head_dim, sizes.values, sizes.neurons
+def _kept(settings: ToMoE, shape: DecoderShape, scores: Scores, sizes: Sizes) -> accounting.Kept:
+    """What a token of a layer uses."""
+    if settings.head_pruning:  # kept heads are whole, and the count multiplies by all of them again
+        share = sizes.groups * shape.head_dim / shape.kv_heads
+        return accounting.Kept(share, share, share, sizes.neurons)
+    qk = sum(len(shape.rope_groups[group]) for group in best(scores.groups_G, sizes.groups)) or shape.head_dim
+    value = shape.head_dim if settings.vo_mask == "o_only" and settings.vo_routing else sizes.values
+    output = shape.head_dim if settings.vo_mask == "v_only" and settings.vo_routing else sizes.values
+    return accounting.Kept(qk, value, output, sizes.neurons)
 
 
 def best(logits: Tensor | None, count: int) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 
 from methods.base import Budget
 from methods.modeling.shape import DecoderShape
-from methods.tomoe.accounting import Added, active_block, keep_fraction, layer_weights, prunable, published_added
+from methods.tomoe.accounting import Added, Kept, active_block, keep_fraction, layer_weights, prunable, published_added
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 4096}
 QWEN: dict[str, Any] = {"model_type": "qwen2", "max_position_embeddings": 4096}
@@ -95,5 +95,5 @@ def test_added_parameters_of_llama2_7b_exactly() -> None:
 
 def test_everything_kept_is_the_dense_model() -> None:
     for model in SHAPES.values():
-        widths = [(model.head_dim, model.head_dim, model.mlp_width)] * model.layers
+        widths = [Kept(model.head_dim, model.head_dim, model.head_dim, model.mlp_width)] * model.layers
         assert active_block(model, widths, Added(experts=1, embedding=0)) == model.block

@@ -38,9 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     tokens = models.load_tokenizer(models.resolve("tiny-llama").prepare())
     text = data.load("wikileads", "calibration")
     calibration = data.sample_calibration(text, tokens, 16, 128, seed=0)
-    context = Context(
-        scratch=tmp_path_factory.mktemp("scratch"), training=Training(steps=100, sequences=2, window=128)
-    )
+    context = Context(scratch=tmp_path_factory.mktemp("scratch"), training=Training(steps=100, sequences=2, window=128))
     method = ToMoE()
     trainer = Trainer(method, dense(), tokens, RATIO, calibration, context)
     rows, step = [], trainer._step

@@ -1,0 +1,107 @@
+"""ToMoE as a method: settings, presets, what is refused, and that every ablation runs from dense to sparse."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from methods import registry
+from methods.base import Budget
+from methods.errors import UserError
+from methods.modeling import Decoder
+from methods.modeling.footprint import footprint
+from methods.tomoe import ToMoE
+from tests.methods.tiny import assert_cache_changes_nothing, tiny_model
+from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
+from tests.methods.tomoe.test_accounting import SHAPES
+
+ABLATIONS: list[dict[str, str]] = [
+    {"experts": "1", "vo_routing": "false"},
+    {"experts": "16"},
+    {"tau": "0.3"},
+    {"beta": "0"},
+    {"loss": "lm"},
+    {"vo_routing": "false"},
+    {"local_embeddings": "true"},
+    {"head_pruning": "true"},
+    {"mask_grad": "double"},
+    {"mask_noise": "per_token"},
+    {"start": "random"},
+    {"vo_mask": "o_only"},
+    {"topk": "cap", "kept_values": "max"},
+    {"preset": "paper"},
+    {"preset": "released", "steps": "3"},
+]
+
+
+@pytest.mark.parametrize("settings", ABLATIONS, ids=str)
+@pytest.mark.parametrize("name", ["llama-gqa", "phi"])
+def test_every_ablation_runs_from_dense_to_sparse(name: str, settings: dict[str, str], tmp_path: Path) -> None:
+    model = tiny_model(name, dtype=torch.float32)
+    dense = footprint(model).active_block
+    method = registry.configure("tomoe", {"experts": "3", "embedding": "2"} | settings)
+    budget = Budget(ratio=0.8, basis="block")
+    made = method.compress(model, tokenizer(), budget, SmallCalibration(), context(tmp_path, steps=3))
+    assert footprint(made).active_block / dense == pytest.approx(0.8, abs=0.02)
+    assert_cache_changes_nothing(made)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"experts": 0}, "tomoe.experts is 0; the least is 1"),
+        ({"embedding": 1}, "tomoe.embedding is 1; the least is 2"),
+        ({"steps": 0}, "tomoe.steps is 0; the least is 1"),
+        ({"tau": 0.0}, "tomoe.tau is 0 and must be above 0"),
+        ({"tau": -0.4}, "tomoe.tau is -0.4 and must be above 0"),
+        ({"ramp": 1.0}, r"tomoe.ramp is 1 and must be in \[0, 1\)"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ToMoE(**settings)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@given(ratio=st.floats(0.3, 0.99), basis=st.sampled_from(["total", "block"]))
+def test_prediction_is_the_size_asked_for(name: str, ratio: float, basis: Any) -> None:
+    shape, budget = SHAPES[name], Budget(ratio=ratio, basis=basis)
+    made = ToMoE().predict(shape, budget)
+    assert budget.achieved(made.active_total, made.active_block, shape) == pytest.approx(ratio, abs=1e-6)
+    assert shape.total - made.active_total == shape.block - made.active_block
+
+
+def test_a_ratio_that_leaves_nothing_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UserError, match=r"ratio 0.05 leaves tomoe only -0.\d+.*Use --ratios 0.\d+ or more"):
+        ToMoE().predict(SHAPES["llama3-8b"], Budget(ratio=0.05))
+
+
+def test_the_ratio_it_names_instead_works() -> None:
+    with pytest.raises(UserError) as caught:
+        ToMoE().predict(SHAPES["phi-2"], Budget(ratio=0.05))
+    named = float(str(caught.value).rpartition("--ratios ")[2].split()[0])
+    assert ToMoE().predict(SHAPES["phi-2"], Budget(ratio=named))
+
+
+def test_added_weights_lower_the_target() -> None:
+    shape = Decoder(tiny_model("llama-gqa")).shape
+    half = Budget(ratio=0.5, basis="block")
+    alone = ToMoE(experts=1, vo_routing=False)
+    assert alone.added(shape).count(shape) == 0
+    assert ToMoE().target(shape, half) < alone.target(shape, half)
+
+
+def test_embedding_width_follows_the_model() -> None:
+    assert [ToMoE().width(SHAPES[name]) for name in ("llama2-7b", "phi-2")] == [128, 80]
+    assert ToMoE().width(Decoder(tiny_model("llama-gqa")).shape) == 16
+    assert ToMoE(embedding=9).width(SHAPES["phi-2"]) == 8  # even: two directions
+
+
+def test_a_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa")
+    calibration = SmallCalibration(sources={"words": ["w1 w2"]})
+    with pytest.raises(UserError, match="shorter than one training block of 17 tokens"):
+        ToMoE().compress(model, tokenizer(), Budget(ratio=0.7), calibration, context(tmp_path))
