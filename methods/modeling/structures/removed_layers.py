@@ -41,6 +41,9 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         if name.endswith("layer_types") and isinstance(value, list) and len(value) == before:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(layers)
+    for name, record in earlier.items():
+        if "layers" in record:
+            add_structure(config, name, {**record, "layers": [record["layers"][index] for index in kept]})
     record = earlier.get(NAME, {"kept": list(range(before)), "of": before})
     add_structure(config, NAME, {**record, "kept": [record["kept"][index] for index in kept]})
     return model

@@ -166,3 +166,12 @@ def test_from_dense_to_sparse_in_one_call(name: str, tmp_path: Path) -> None:
     made = method.compress(model, tokenizer(), budget, SmallCalibration(), context(tmp_path, steps=12))
     assert footprint(made).active_block / dense == pytest.approx(0.8, abs=0.015)
     assert_cache_changes_nothing(made)
+
+
+def test_blocks_of_a_converted_model_can_be_removed(tmp_path: Path) -> None:
+    sparse, _ = converted("llama-gqa", tmp_path, dtype=torch.float32)
+    shorter = modeling.keep_layers(sparse, [0, 2, 3])
+    shorter.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert logits(loaded).equal(logits(shorter))
+    assert len(loaded.config.compression["structures"]["moe_mlp"]["layers"]) == 3
