@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from benchmarks import data, models, record, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
 from methods.base import Context, Training
+from methods.modeling.describe import describe, load_fractions
 from methods.modeling.footprint import Footprint, footprint
+
+LOAD_TOKENS = 8192
+"""Calibration tokens on which the loads of experts are measured, at most."""
 
 
 def make(job: Job, progress: Tracker) -> None:
@@ -29,7 +34,8 @@ def make(job: Job, progress: Tracker) -> None:
     laps = Laps()
     model, tokenizer = load(models.resolve(job.model).prepare(), job)
     load_s, dense = laps.lap(), footprint(model)
-    model, revisions = _compress(job, model, tokenizer, progress)
+    calibration = _calibration(job, tokenizer)
+    model = _compress(job, model, tokenizer, calibration, progress)
     compress_s = laps.lap()
     with _arriving(job.scratch / "checkpoint") as partial:
         model.save_pretrained(partial)
@@ -38,10 +44,10 @@ def make(job: Job, progress: Tracker) -> None:
             "size": _size(job, dense, footprint(model), partial),
             "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
             "memory": memory(),
-            "provenance": {"dataset_revisions": revisions, "task_versions": {}} | record.origin(job),
+            "provenance": {"dataset_revisions": _revisions(job, calibration), "task_versions": {}} | record.origin(job),
         }
         store.write_json(record.measured_file(partial), measured)
-        store.write_json(job.folder / "structure.json", _structure(model))
+        store.write_json(job.folder / "structure.json", _structure(model, calibration))
 
 
 @contextmanager
@@ -63,15 +69,31 @@ def load(location: str | Path, job: Job) -> tuple[PreTrainedModel, PreTrainedTok
     return model.eval(), models.load_tokenizer(location)
 
 
-def _compress(
-    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Tracker
-) -> tuple[PreTrainedModel, dict[str, str]]:
-    """The compressed model, and the revision of the calibration text; the dense cell needs neither."""
-    source = job.cell.calibration
-    if source is None:
-        return model, {}
+def _calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> data.TokenCalibration | None:
+    """The calibration windows; the dense cell needs none."""
+    if (source := job.cell.calibration) is None:
+        return None
     text = data.load(job.source, "calibration")
-    calibration = data.sample_calibration(text, tokenizer, source.samples, source.window, job.cell.seed)
+    return data.sample_calibration(text, tokenizer, source.samples, source.window, job.cell.seed)
+
+
+def _revisions(job: Job, calibration: data.TokenCalibration | None) -> dict[str, str]:
+    """Which text the calibration windows are from, and their hash, for the record."""
+    if (source := job.cell.calibration) is None or calibration is None:
+        return {}
+    return {f"calibration:{source.name}": calibration.text.revision, "calibration:sha256": calibration.sha256}
+
+
+def _compress(
+    job: Job,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: data.TokenCalibration | None,
+    progress: Tracker,
+) -> PreTrainedModel:
+    """The compressed model; without calibration the dense one."""
+    if calibration is None:
+        return model
     context = Context(
         device=job.device,
         seed=job.cell.seed,
@@ -81,8 +103,7 @@ def _compress(
         progress=progress,
     )
     torch.manual_seed(job.cell.seed)
-    compressed = job.method.compress(model, tokenizer, job.budget, calibration, context)
-    return compressed, {f"calibration:{source.name}": text.revision, "calibration:sha256": calibration.sha256}
+    return job.method.compress(model, tokenizer, job.budget, calibration, context)
 
 
 def _training(job: Job, model: PreTrainedModel) -> Training:
@@ -107,10 +128,16 @@ def _size(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> di
     }
 
 
-def _structure(model: PreTrainedModel) -> dict[str, Any]:
-    """What the compressed decoder is made of, per layer, as its config says."""
-    config = model.config.to_dict()
-    return {key: config.get(key) for key in ("model_type", "num_hidden_layers", "compression")}
+def _structure(model: PreTrainedModel, calibration: data.TokenCalibration | None) -> dict[str, Any]:
+    """What the compressed decoder is made of, per layer, and how many calibration tokens each expert meets."""
+    config, made = model.config.to_dict(), describe(model)
+    loads = {}
+    if calibration and any(layer["mixture"] for layer in made["layers"]):
+        size = max(1, LOAD_TOKENS // calibration.window)
+        loads["calibration"] = load_fractions(model, islice(calibration.batches(size), 1))
+    return (
+        {key: config.get(key) for key in ("model_type", "num_hidden_layers", "compression")} | made | {"loads": loads}
+    )
 
 
 def keep(job: Job) -> None:

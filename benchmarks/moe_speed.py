@@ -9,7 +9,7 @@ take turns.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -38,8 +38,8 @@ class Size(NamedTuple):
 
 
 SIZES = (Size(576, 1536), Size(2048, 5632))
-TURNS = {1: 60, 8: 40, 64: 20, 512: 9, 2048: 5}
-"""Repeats by number of tokens."""
+TURNS = {1: 12, 8: 8, 64: 4, 512: 2, 2048: 1}
+"""By number of tokens, how often each repeat takes its turn."""
 
 
 def pairs(size: Size) -> Iterator[tuple[nn.Module, MoEMLP]]:
@@ -82,7 +82,7 @@ def run(modules: Sequence[nn.Module], x_TD: Tensor) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def ratios(size: Size, turns: dict[int, int]) -> tuple[dict[int, float], dict[str, dict[int, float]]]:
+def ratios(size: Size, turns: Mapping[int, int]) -> tuple[dict[int, float], dict[str, dict[int, float]]]:
     """Milliseconds of one dense MLP by tokens, and by store and path the time of a mixture as a multiple of that."""
     dense, mixtures = zip(*pairs(size), strict=True)
     tasks = {"dense": dense}
@@ -98,14 +98,16 @@ def ratios(size: Size, turns: dict[int, int]) -> tuple[dict[int, float], dict[st
     return unit, table
 
 
-def report(sizes: Sequence[Size] = SIZES, turns: dict[int, int] | None = None) -> None:
+def report(repeats: int, sizes: Sequence[Size] = SIZES, turns: Mapping[int, int] = TURNS) -> None:
     """Print a table per size."""
-    turns = turns or TURNS
     print(f"{device('cpu')}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
-    print("time / time of the dense MLP, medians of turns taken one after the other")
+    print("time / time of the dense MLP: medians of turns taken one after the other")
     for size in sizes:
-        unit, table = ratios(size, turns)
-        print(f"\nhidden {size.hidden}, width {size.width}: {EXPERTS} experts of {size.width // 2}")
+        unit, table = ratios(size, {tokens: repeats * factor for tokens, factor in turns.items()})
+        dense, moe = next(pairs(size))
+        stored = [sum(t.nbytes for t in module.state_dict().values()) for module in (moe, dense)]
+        print(f"\nhidden {size.hidden}, width {size.width}: {EXPERTS} experts of {size.width // 2}; ", end="")
+        print(f"stored bytes {stored[0] / stored[1]:.3f} of the dense MLP's")
         print(f"{'tokens':22}" + "".join(f"{tokens:9}" for tokens in turns))
         print(f"{'dense, ms':22}" + "".join(f"{unit[tokens]:9.3f}" for tokens in turns))
         for name, row in table.items():

@@ -104,6 +104,13 @@ def compress(repeats: int) -> None:
     show(interleaved({"one pass": one_pass, **others}, repeats))
 
 
+def experts(repeats: int) -> None:
+    """How long an MLP of experts takes beside the dense one."""
+    from benchmarks import moe_speed
+
+    moe_speed.report(repeats)
+
+
 def kill(times: int, seed: int = 0) -> None:
     """Kill a run `times` times, let it finish, and compare its records with those of an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -172,10 +179,10 @@ def main() -> None:
     """Parse the command line and run one check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checks = parser.add_subparsers(dest="check", required=True)
-    for name, repeats in (("startup", 7), ("methods", 5), ("kill", 20)):
+    for name, repeats in (("startup", 7), ("methods", 5), ("experts", 5), ("kill", 20)):
         checks.add_parser(name).add_argument("--times", type=int, default=repeats)
     arguments = parser.parse_args()
-    {"startup": startup, "methods": compress, "kill": kill}[arguments.check](arguments.times)
+    {"startup": startup, "methods": compress, "experts": experts, "kill": kill}[arguments.check](arguments.times)
 
 
 if __name__ == "__main__":

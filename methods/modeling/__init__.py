@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from methods.modeling.decoder import DecoderLayer as DecoderLayer
     from methods.modeling.decoder import layer_calls as layer_calls
     from methods.modeling.decoder import watch_layers as watch_layers
+    from methods.modeling.delta import load_delta as load_delta
+    from methods.modeling.delta import save_delta as save_delta
     from methods.modeling.structures.moe_inspect import describe_experts as describe_experts
     from methods.modeling.structures.moe_inspect import expert_ids as expert_ids
     from methods.modeling.structures.moe_mlp import convert_mlp as convert_mlp
@@ -37,6 +39,8 @@ _HOMES = {
     "DecoderLayer": "decoder",
     "layer_calls": "decoder",
     "watch_layers": "decoder",
+    "load_delta": "delta",
+    "save_delta": "delta",
     "describe_experts": "structures.moe_inspect",
     "expert_ids": "structures.moe_inspect",
     "convert_mlp": "structures.moe_mlp",

@@ -33,7 +33,7 @@ from methods.errors import UserError
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.modeling.shape import DecoderShape
 from methods.tomoe import accounting
-from methods.tomoe.masking import MaskedDecoder, full_precision
+from methods.tomoe.masking import MaskedDecoder
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.objective import equalised
 from methods.tomoe.straight_through import OFFSET, probability_on
@@ -116,7 +116,7 @@ def _value_logits(
         site = network.attention_sites[index]
 
         def hook(module: nn.Module, args: tuple) -> None:
-            seen[index].append(site.value_logits(full_precision(args[0]), means[index]).flatten(0, -2))
+            seen[index].append(site.value_logits(args[0], means[index]).flatten(0, -2))
 
         return hook
 

@@ -24,16 +24,16 @@ ROWS = 50
 
 
 class Blocks:
-    """An endless stream of blocks of T + 1 token ids; the same seed gives the same stream."""
+    """An endless stream of blocks of T + 1 token ids; every iteration over it begins anew, and alike."""
+
+    tokens: dict[str, int]
+    """What each source gave to the latest iteration."""
 
     def __init__(
         self, rows: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, window: int, seed: int
     ) -> None:
         """Raises UserError when all rows of the text together are shorter than one block."""
-        self.tokens = dict.fromkeys(rows, 0)
-        self._tokenizer, self._length = tokenizer, window + 1
-        self._chance = random.Random(seed)
-        self._rows = {name: _shuffled_forever(texts, self._chance) for name, texts in rows.items()}
+        self._rows, self._tokenizer, self._length, self._seed = rows, tokenizer, window + 1, seed
         lengths = accumulate(len(self._encode(text)) for texts in rows.values() for text in texts)
         if not any(length >= self._length for length in lengths):
             raise UserError(
@@ -42,20 +42,18 @@ class Blocks:
             )
 
     def __iter__(self) -> Iterator[Tensor]:
+        self.tokens, chance = dict.fromkeys(self._rows, 0), random.Random(self._seed)
+        sources = {name: _shuffled_forever(texts, chance) for name, texts in self._rows.items()}
         while True:
             group: list[int] = []
             count = 0
             while count < ROWS or len(group) < self._length:
-                group += self._next_row()
+                name = chance.choice(list(sources))
+                ids = self._encode(next(sources[name]))
+                self.tokens[name] += len(ids)
+                group += ids
                 count += 1
-            ids = torch.tensor(group[: len(group) // self._length * self._length])
-            yield from ids.view(-1, self._length)
-
-    def _next_row(self) -> list[int]:
-        name = self._chance.choice(list(self._rows))
-        ids = self._encode(next(self._rows[name]))
-        self.tokens[name] += len(ids)
-        return ids
+            yield from torch.tensor(group[: len(group) // self._length * self._length]).view(-1, self._length)
 
     def _encode(self, text: str) -> list[int]:
         encoded: Any = self._tokenizer(text, add_special_tokens=False, verbose=False)

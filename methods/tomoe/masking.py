@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.tomoe.network import LayerMasks, ToMoENetwork
+from methods.tomoe.precision import full_precision
 from methods.tomoe.straight_through import st_gumbel_sigmoid, st_gumbel_softmax
 
 CHUNK = 256
@@ -27,10 +28,10 @@ CHUNK = 256
 
 
 class _MaskNeurons(torch.autograd.Function):
-    """h * (G S): the mask of each token's expert on the MLP's activations, without saving anything of their size.
+    """h * (G S) with h = activations(inputs): the mask of each token's expert on the MLP's activations.
 
-    The backward pass needs h itself, and makes it again from the outputs of gate and up, which the dense network's own
-    backward pass keeps anyway. A few tokens at a time are held in fp32.
+    Only the outputs of gate and up are kept, of all that has the MLP's width: the backward pass makes h again, a few
+    tokens at a time.
     """
 
     @staticmethod
@@ -39,29 +40,47 @@ class _MaskNeurons(torch.autograd.Function):
         h_TM: Tensor,
         routes_TN: Tensor,
         experts_NM: Tensor,
-        inputs: tuple[Tensor, ...],
         activation: nn.Module,
         power: int,
+        *inputs_TM: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(routes_TN, experts_NM, *inputs)
+        ctx.save_for_backward(routes_TN, experts_NM, *inputs_TM)
         ctx.activation, ctx.power = activation, power
         return h_TM * experts_NM.to(h_TM.dtype)[routes_TN.argmax(-1)]
 
     @staticmethod
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        routes_TN, experts_NM, *inputs = ctx.saved_tensors
-        choice_T = routes_TN.argmax(-1)
-        grad_experts_NM, grad_routes = torch.zeros_like(experts_NM), []
-        for grad, routes, choice, *parts in zip(
-            *(tensor.split(CHUNK) for tensor in (grad_TM, routes_TN, choice_T, *inputs)), strict=True
+        routes_TN, experts_NM, *inputs_TM = ctx.saved_tensors
+        grad_experts_NM, grad_routes, grad_inputs = torch.zeros_like(experts_NM), [], []
+        for grad, routes, *inputs in zip(
+            *(tensor.split(CHUNK) for tensor in (grad_TM, routes_TN, *inputs_TM)), strict=True
         ):
-            product = full_precision(grad * activations(parts, ctx.activation))
+            mask = experts_NM[routes.argmax(-1)]
+            h, pulled = _value_and_gradients(inputs, ctx.activation, grad * mask.to(grad.dtype))
+            product = full_precision(grad * h)
             if ctx.power == 2:
-                product = 2 * product * experts_NM[choice]
+                product = 2 * product * mask
             grad_experts_NM += routes.T @ product
             grad_routes.append(product @ experts_NM.T)
-        masked = grad_TM * experts_NM.to(grad_TM.dtype)[choice_T]
-        return masked, torch.cat(grad_routes), grad_experts_NM, None, None, None
+            grad_inputs.append(pulled)
+        return (
+            None,
+            torch.cat(grad_routes),
+            grad_experts_NM,
+            None,
+            None,
+            *map(torch.cat, zip(*grad_inputs, strict=True)),
+        )
+
+
+def _value_and_gradients(
+    inputs: list[Tensor], activation: nn.Module, grad: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """activations(inputs), and the gradients of its inputs for that of its output."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        h = activations(inputs, activation)
+    return h.detach(), torch.autograd.grad(h, inputs, grad)
 
 
 def activations(inputs: list[Tensor], activation: nn.Module) -> Tensor:
@@ -109,11 +128,10 @@ class MaskedDecoder:
         activation = layer.module.get_submodule(layer.family.activation)
 
         def keep(position: int) -> Callable[..., None]:
-            return lambda masks, index, args, output: inputs.__setitem__(position, output.detach())
+            return lambda masks, index, args, output: inputs.__setitem__(position, output)
 
         def mask(masks: LayerMasks, index: int, args: tuple, output: None = None) -> tuple:
-            parts = tuple(inputs.pop(position).flatten(0, -2) for position in sorted(inputs))
-            return (self._mask_neurons(masks, index, args[0], parts, activation),)
+            return (self._mask_neurons(masks, index, args[0], [inputs.pop(i) for i in sorted(inputs)], activation),)
 
         kept = enumerate(layer.mlp_inputs)
         handles = [linear.register_forward_hook(self._hook(index, keep(position))) for position, linear in kept]
@@ -129,11 +147,11 @@ class MaskedDecoder:
         return hook
 
     def _route(self, masks: LayerMasks, index: int, args: tuple, output: None) -> None:
-        logits_BTN = self.network.mlp_sites[index].router(full_precision(args[0]))
+        logits_BTN = self.network.mlp_sites[index].router(args[0])
         masks.routes_BTN, masks.shares_BTN = st_gumbel_softmax(logits_BTN, self.network.settings.tau, noise=self.noise)
 
     def _mask_neurons(
-        self, masks: LayerMasks, index: int, h: Tensor, inputs: tuple[Tensor, ...], activation: nn.Module
+        self, masks: LayerMasks, index: int, h: Tensor, inputs: list[Tensor], activation: nn.Module
     ) -> Tensor:
         settings, routes = self.network.settings, masks.routes_BTN
         assert routes is not None
@@ -141,14 +159,15 @@ class MaskedDecoder:
         if settings.mask_noise == "per_token":
             logits = self.network.mlp_sites[index].token_logits(routes, masks.embeddings_NE)
             return h * st_gumbel_sigmoid(logits, settings.tau, noise=self.noise).view_as(h).to(h.dtype) ** power
-        flat = _MaskNeurons.apply(h.flatten(0, -2), routes.flatten(0, -2), masks.experts_NM, inputs, activation, power)
+        h_TM, routes_TN, *inputs_TM = (tensor.flatten(0, -2) for tensor in (h.detach(), routes, *inputs))
+        flat = _MaskNeurons.apply(h_TM, routes_TN, masks.experts_NM, activation, power, *inputs_TM)
         return flat.view_as(h)  # pyright: ignore[reportOptionalMemberAccess]
 
     def _choose_values(self, masks: LayerMasks, index: int, args: tuple, output: None) -> None:
         settings = self.network.settings
         if settings.dynamic_values:
             site = self.network.attention_sites[index]
-            logits_BTh = site.value_logits(full_precision(args[0]), masks.mean_E)
+            logits_BTh = site.value_logits(args[0], masks.mean_E)
             masks.values_BTh = st_gumbel_sigmoid(logits_BTh, settings.tau, noise=self.noise)
 
     def _mask_query(self, masks: LayerMasks, index: int, args: tuple, output: Tensor) -> Tensor:
@@ -168,11 +187,6 @@ class MaskedDecoder:
             return (whole_heads(args[0], masks.heads_H),)
         assert masks.values_BTh is not None
         return (args[0] if self.network.settings.vo_mask == "v_only" else across_heads(args[0], masks.values_BTh),)
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """At least fp32, in which all that is trained computes."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def across_heads(x: Tensor, mask: Tensor) -> Tensor:

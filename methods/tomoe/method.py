@@ -28,6 +28,7 @@ PAPER = {
     "start": "random",
     "union": "sampled",
     "router_rate": 1.0,
+    "last_noise": 1.0,
 }
 RELEASED = PAPER | {
     "steps": 20_000,
@@ -84,7 +85,7 @@ class ToMoE(Method):
     """Whether attention sites are in R_U."""
     union: Literal["sampled", "converted"] = "converted"
     """R_U looks at sampled masks, or at the noise-free sets that conversion will make."""
-    last_noise: float = 1.0
+    last_noise: float = 0.1
     """Scale of the noise at the last step; it falls linearly from 1. Conversion counts with this scale."""
     mask_noise: Literal["per_expert", "per_token"] = "per_expert"
     """One draw of noise per expert and step, or one per token (a [tokens, MLP width] fp32 mask per layer)."""

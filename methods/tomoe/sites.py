@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from methods.tomoe.precision import FullPrecisionLinear
+
 
 class MLPSite(nn.Module):
     """Router and mask decoder of one MLP."""
 
     def __init__(self, hidden: int, experts: int, width: int, mlp_width: int) -> None:
         super().__init__()
-        self.router = nn.Linear(hidden, experts, bias=False)
+        self.router = FullPrecisionLinear(hidden, experts)
         self.norm = nn.LayerNorm(width)
         self.decoder = nn.Linear(width, mlp_width, bias=False)
 
@@ -41,7 +43,7 @@ class AttentionSite(nn.Module):
     def __init__(self, hidden: int, width: int, values: int, groups: int, *, local: bool) -> None:
         super().__init__()
         self.local = nn.Parameter(torch.randn(width)) if local else None
-        self.project = nn.Linear(hidden, width, bias=False)
+        self.project = FullPrecisionLinear(hidden, width)
         self.norm = nn.LayerNorm(width)
         self.dynamic = nn.Linear(width, values, bias=False)
         self.static = nn.Linear(width, groups, bias=False)

@@ -1,36 +1,37 @@
-"""How training begins (`start=energy`): with the sets the dense model itself suggests. Not in the paper.
+"""How training begins (`start=energy`): with the experts the dense model itself suggests. Not in the paper.
 
 From a random start everything is on, widths fall, and the experts of a layer end up as near copies of each other. The
-dense model already says what a token needs: that which writes most to the residual stream. Per layer, on calibration
-tokens, with energies
+dense model already says which neurons a token needs: those that write most to the residual stream. Per layer, on some
+training text,
 
-    neuron j         e_tj = (h_tj |Wdown_j|)^2                         h: input of the down projection
-    value dim i      e_ti = sum over heads of (v_ti |Wo_i|)^2 times the same of the attention's output
-    q/k group g      e_g  = sum over heads of mean |q_g|^2 mean |k_g|^2
+    e_tj = (h_tj |Wdown_j|)^2 / sum over neurons of the same        h: input of the down projection
 
  1. experts and tokens take turns, as in Lloyd's k-means: a token goes to the expert that keeps most of its energy, an
     expert becomes the neurons of most energy over its tokens;
  2. the linear router learns to send each token where most of its energy is kept: max sum_t softmax(r_t) . kept_t;
- 3. the mask decoders are fitted by least squares to log-energies, cut at the target width: training starts at the right
-    size. The architecture is the paper's; only the initial weights differ.
+ 3. the mask decoder is fitted by least squares to the experts' log-energies, cut at the target width: the MLPs start at
+    the right size. The architecture is the paper's; only the initial weights differ.
+
+Attention starts whole, as in the paper: starting it from energies too was worse (docs/TOMOE.md).
 """
 
-# Shape suffixes: T tokens, D hidden size, E embedding width, N experts, M MLP width, h head dimension, G groups.
+# Shape suffixes: T tokens, D hidden size, E embedding width, N experts, M MLP width.
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, one_hot
 
-from methods.base import Calibration, Context
+from methods.base import Context
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.straight_through import OFFSET
 
 TOKENS, ROUNDS, ROUTER_STEPS = 8192, 30, 300
-"""Calibration tokens at most, rounds of step 1, Adam steps of step 2."""
+"""Tokens to look at, rounds of step 1, Adam steps of step 2."""
 SLOPE = 1.0
 """Mask logits per unit of log-energy."""
 RIDGE = 1e-3
@@ -43,132 +44,52 @@ class _Seen(Exception):
     """Enough of a forward pass has run."""
 
 
-@dataclass
-class Signals:
-    """What one layer computes on calibration tokens; lists by batch while it is gathered."""
-
-    parts: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def keep(self, name: str, tensor: Tensor) -> None:
-        """Add one batch."""
-        self.parts.setdefault(name, []).append(tensor.flatten(0, -2).float())
-
-    def __getitem__(self, name: str) -> Tensor:
-        """All tokens, [T, width]."""
-        return torch.cat(self.parts[name])
-
-    @property
-    def tokens(self) -> int:
-        """So far."""
-        return sum(map(len, self.parts.get("mlp_input", [])))
-
-
 @torch.no_grad()
-def begin(network: ToMoENetwork, decoder: Decoder, p: float, calibration: Calibration, context: Context) -> None:
-    """Set the routers and the mask decoders of all sites, in place.
+def begin(network: ToMoENetwork, decoder: Decoder, p: float, windows_WT: Tensor, context: Context) -> None:
+    """Set the routers and the mask decoders of all MLP sites, in place.
 
     Args:
-        p: share of everything that is to be on at the start.
+        p: share of its neurons that an expert is to start with.
+        windows_WT: token ids of training text, int64.
     """
     generator = torch.Generator().manual_seed(context.seed)
     embeddings_SNE = network.hypernetwork()
     layers = context.progress.track(decoder.layers, "grouping neurons", len(decoder.layers))
     for index, layer in enumerate(layers):
-        start = LayerStart(network, index, layer, gather(decoder, layer, calibration, context), p)
-        start.mlp(embeddings_SNE[2 * index + 1], generator)
-        start.attention(network.mean_embedding(index, embeddings_SNE))
+        site, embeddings_NE = network.mlp_sites[index], embeddings_SNE[2 * index + 1]
+        x_TD, energy_TM = signals(decoder, layer, windows_WT.split(context.batch_size))
+        width = max(1, round(p * energy_TM.shape[1]))
+        means_NM = group(energy_TM, len(embeddings_NE), width, generator)
+        site.router.weight.copy_(fit_router(x_TD, energy_TM @ highest(means_NM, width).T))
+        site.decoder.weight.copy_(least_squares(gelu(site.norm(embeddings_NE)), logits_of(means_NM, p)))
 
 
-def gather(decoder: Decoder, layer: DecoderLayer, calibration: Calibration, context: Context) -> Signals:
-    """Run the dense model up to a layer's down projection."""
-    signals = Signals()
-    query, key, value = layer.attention_inputs
+def signals(decoder: Decoder, layer: DecoderLayer, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a layer's MLP reads [T, D], and its neurons' energies as shares of each token's [T, M]; fp32."""
+    inputs: list[Tensor] = []
+    energies: list[Tensor] = []
+    norms_M = layer.mlp_output.weight.float().norm(dim=0)
 
-    def reads(name: str, stop: bool = False):
-        def hook(module: nn.Module, args: tuple) -> None:
-            signals.keep(name, args[0])
-            if stop:
-                raise _Seen
+    def read(module: nn.Module, args: tuple) -> None:
+        inputs.append(args[0].flatten(0, -2).float())
 
-        return hook
-
-    def writes(name: str):
-        return lambda module, args, output: signals.keep(name, output)
+    def write(module: nn.Module, args: tuple) -> None:
+        energies.append((args[0].flatten(0, -2).float() * norms_M).square())
+        raise _Seen
 
     handles = [
-        query.register_forward_pre_hook(reads("attention_input")),
-        query.register_forward_hook(writes("query")),
-        key.register_forward_hook(writes("key")),
-        value.register_forward_hook(writes("value")),
-        layer.attention_output.register_forward_pre_hook(reads("attended")),
-        layer.mlp_inputs[0].register_forward_pre_hook(reads("mlp_input")),
-        layer.mlp_output.register_forward_pre_hook(reads("neurons", stop=True)),
+        layer.mlp_inputs[0].register_forward_pre_hook(read),
+        layer.mlp_output.register_forward_pre_hook(write),
     ]
     try:
-        for batch in calibration.batches(context.batch_size):
-            try:
-                decoder.model.base_model(batch.input_ids.to(decoder.model.device), use_cache=False)
-            except _Seen:
-                pass
-            if signals.tokens >= TOKENS:
-                break
+        for ids in batches:
+            with suppress(_Seen):
+                decoder.model.base_model(ids.to(decoder.model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return signals
-
-
-@dataclass(frozen=True)
-class LayerStart:
-    """The start of one layer's sites."""
-
-    network: ToMoENetwork
-    index: int
-    layer: DecoderLayer
-    signals: Signals
-    p: float
-
-    def mlp(self, embeddings_NE: Tensor, generator: torch.Generator) -> None:
-        """Router and experts."""
-        site = self.network.mlp_sites[self.index]
-        energy_TM = (self.signals["neurons"] * self.layer.mlp_output.weight.float().norm(dim=0)).square()
-        energy_TM /= energy_TM.sum(1, keepdim=True).clamp_min(1e-30)
-        width = max(1, round(self.p * energy_TM.shape[1]))
-        means_NM = group(energy_TM, len(embeddings_NE), width, generator)
-        site.router.weight.copy_(fit_router(self.signals["mlp_input"], energy_TM @ highest(means_NM, width).T))
-        site.decoder.weight.copy_(least_squares(gelu(site.norm(embeddings_NE)), logits_of(means_NM, self.p)))
-
-    def attention(self, mean_E: Tensor) -> None:
-        """Query/key groups and value dimensions."""
-        site, settings = self.network.attention_sites[self.index], self.network.settings
-        features_1E = gelu(site.norm(mean_E))[None]
-        if settings.head_pruning:
-            heads = self.value_energy().mean(0).sum(-1)
-            site.static.weight.copy_(least_squares(features_1E, logits_of(heads[None], self.p)))
-            return
-        site.static.weight.copy_(least_squares(features_1E, logits_of(self.group_energy()[None], self.p)))
-        energy_Th = self.value_energy().sum(1)
-        if settings.vo_routing:
-            features_TE = gelu(site.norm(site.project(self.signals["attention_input"]) + mean_E))
-            site.dynamic.weight.copy_(least_squares(features_TE, logits_of(energy_Th, self.p)))
-        else:
-            site.dynamic.weight.copy_(least_squares(features_1E, logits_of(energy_Th.mean(0)[None], self.p)))
-
-    def value_energy(self) -> Tensor:
-        """Of values and of what attention makes of them, per key/value head, [T, Hk, h]."""
-        shape = self.network.shape
-        columns = self.layer.attention_output.weight.float().square().sum(0).view(shape.kv_heads, -1, shape.head_dim)
-        value = self.signals["value"].unflatten(1, (shape.kv_heads, 1, shape.head_dim)).square() * columns
-        attended = self.signals["attended"].unflatten(1, (shape.kv_heads, -1, shape.head_dim)).square() * columns
-        return (value.sum(2) * attended.sum(2)).sqrt()
-
-    def group_energy(self) -> Tensor:
-        """Of query times key, [G]."""
-        shape = self.network.shape
-        query = self.signals["query"].square().mean(0).view(shape.kv_heads, -1, shape.head_dim).sum(1)
-        key = self.signals["key"].square().mean(0).view(shape.kv_heads, shape.head_dim)
-        groups = [list(dims) for dims in shape.rope_groups]
-        return torch.stack([(query[:, dims].sum(1) * key[:, dims].sum(1)).sum() for dims in groups]).sqrt()
+    energy_TM = torch.cat(energies)
+    return torch.cat(inputs), energy_TM / energy_TM.sum(1, keepdim=True).clamp_min(1e-30)
 
 
 def logits_of(energy: Tensor, p: float) -> Tensor:

@@ -28,13 +28,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from methods.base import Budget, Calibration, Context
 from methods.errors import UserError
 from methods.modeling.decoder import Decoder
+from methods.modeling.shape import DecoderShape
 from methods.tomoe import objective
+from methods.tomoe.accounting import layer_weights, prunable
 from methods.tomoe.data import Blocks
 from methods.tomoe.distillation import distillation, next_token
 from methods.tomoe.log import StepLog
 from methods.tomoe.masking import MaskedDecoder
 from methods.tomoe.network import LayerMasks, ToMoENetwork
-from methods.tomoe.start import begin
+from methods.tomoe.start import TOKENS, begin
 from methods.tomoe.state import TrainingState
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class Trainer:
         calibration: Calibration,
         context: Context,
     ) -> None:
-        self.settings, self.model, self.calibration, self.context = settings, model, calibration, context
+        self.settings, self.model, self.context = settings, model, context
         self.decoder = Decoder(model)
         shape, granted = self.decoder.shape, context.training
         target = settings.target(shape, budget)
@@ -116,7 +118,7 @@ class Trainer:
             sequences=granted.sequences,
             window=min(granted.window, shape.max_positions),
             target=target,
-            start=1.0 if settings.start == "random" else target,
+            start=1.0 if settings.start == "random" else with_mlp_at(target, shape),
             seed=context.seed,
         )
         self.process = PartialState(cpu=context.device == "cpu")
@@ -135,7 +137,7 @@ class Trainer:
         self.model.requires_grad_(False)
         start = self.state.resume()
         if start == 0 and self.settings.start == "energy":
-            begin(self.network, self.decoder, self.plan.target, self.calibration, self.context)
+            begin(self.network, self.decoder, self.plan.target, self._first_windows(), self.context)
         batches = islice(self._batches(), start, None)
         steps = self.context.progress.track(range(start, self.plan.steps), "training masks", self.plan.steps - start)
         folder = self.context.artifacts if self.process.is_main_process else None
@@ -146,6 +148,11 @@ class Trainer:
                     self.state.save_sometimes(step + 1, SAVE_SECONDS)
         if self.process.is_main_process and start < self.plan.steps:
             self.state.save("final", self.plan.steps)
+
+    def _first_windows(self) -> Tensor:
+        """Token ids to find the start from, [windows, window]; the same in every process."""
+        blocks = islice(self.blocks, math.ceil(TOKENS / self.plan.window))
+        return torch.stack(list(blocks))[:, :-1]
 
     def _batches(self) -> Iterator[Tensor]:
         """Blocks of this process, [sequences, window + 1] per step."""
@@ -235,6 +242,11 @@ def optimizer(network: ToMoENetwork, settings: ToMoE) -> torch.optim.AdamW:
     others = [parameter for name, parameter in named.items() if ".router." not in name]
     groups = [{"params": others, "factor": 1.0}, {"params": routers, "factor": settings.router_rate}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def with_mlp_at(p: float, shape: DecoderShape) -> float:
+    """The fraction of T_total that is on when MLPs keep p of their neurons and attention is whole."""
+    return shape.layers * layer_weights(shape.head_dim, shape.head_dim, p * shape.mlp_width, shape) / prunable(shape)
 
 
 @contextmanager

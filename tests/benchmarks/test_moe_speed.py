@@ -46,8 +46,8 @@ def test_every_store_is_timed_beside_the_dense_module(
         return {name: [6.0 if name == "dense" else 3.0] * repeats for name in tasks}
 
     monkeypatch.setattr(moe_speed, "interleaved", interleaved)
-    moe_speed.report((SMALL,), {1: 3, 5: 2})
-    assert [repeats for _, repeats in turns] == [3, 2]
+    moe_speed.report(2, (SMALL,), {1: 3, 5: 1})
+    assert [repeats for _, repeats in turns] == [6, 2]
     assert {name.split(",")[0] for name in turns[0][0]} == {"dense", *STORES}
     lines = capsys.readouterr().out.splitlines()
     assert "dense, ms".ljust(22) + " 2000.000 2000.000" in lines

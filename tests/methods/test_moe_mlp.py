@@ -1,12 +1,15 @@
 """MLPs made of experts: equal to the dense MLP masked token by token, however they are stored and multiplied."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -89,6 +92,23 @@ def test_save_and_load_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert logits(loaded).equal(logits(model))
     assert [buffer.dtype for buffer in loaded.buffers()].count(torch.int32) == 6
+
+
+def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
+    model = converted("llama-gqa")
+    model.save_pretrained(tmp_path)
+    expected = {str(tokens): logits(model, some_ids(4, tokens)) for tokens in (1, 64)}
+    save_file(expected, tmp_path / "expected.safetensors")
+    script = (
+        "import sys, methods, torch; from safetensors.torch import load_file\n"
+        "from transformers import AutoModelForCausalLM; from tests.methods.tiny import logits, some_ids\n"
+        "torch.set_num_threads(int(sys.argv[2])); model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "expected = load_file(sys.argv[1] + '/expected.safetensors')\n"
+        "assert all(logits(model, some_ids(4, int(tokens))).equal(y) for tokens, y in expected.items())"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), str(torch.get_num_threads())]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
@@ -296,23 +316,20 @@ def test_experts_must_be_sets_of_neurons(experts: list[list[int]]) -> None:
         modeling.convert_mlp(layer, draw_router(1), torch.tensor(experts, dtype=torch.int64))
 
 
-def chosen_by_fixed(store: str, tokens: int, dtype: torch.dtype = torch.float32) -> str:
-    moe = with_setting(make("llama-gqa", dtype=dtype)[0], store, "fixed")
+def chosen_by_fixed(store: str, tokens: int, case: str = "overlapping", dtype: torch.dtype = torch.float32) -> str:
+    moe = with_setting(make("llama-gqa", case, dtype)[0], store, "fixed")
     with torch.no_grad():
         return moe_choice.fixed(moe._ready(), draw_input(tokens, dtype=dtype))
 
 
 def test_the_fixed_rule() -> None:
-    few, many = moe_choice.FEW - 1, moe_choice.FEW
-    assert [chosen_by_fixed("shared", tokens) for tokens in (1, 2, few, many)] == [
-        "single",
-        "masked",
-        "masked",
-        "sorted",
-    ]
-    assert chosen_by_fixed("shared", 1, torch.bfloat16) == "masked"
-    assert [chosen_by_fixed("materialised", tokens) for tokens in (1, few, many)] == ["single", "masked", "sorted"]
-    assert [chosen_by_fixed("pseudo", tokens) for tokens in (1, few, many)] == ["masked"] * 3
+    left_out = len(make("llama-gqa")[0].neurons) - 12
+    for store, fetches in (("shared", 2), ("materialised", 1), ("core+rest", 1), ("pseudo", None)):
+        least = -(-32 * (fetches or 1) * 5 * 12 // left_out)
+        chosen = [chosen_by_fixed(store, tokens) for tokens in (1, 2, least - 1, least)]
+        assert chosen == (["single", "masked", "masked", "sorted"] if fetches else ["masked"] * 4)
+        assert chosen_by_fixed(store, 100_000, "one expert") == "masked"  # which leaves nothing out
+    assert chosen_by_fixed("shared", 1, dtype=torch.bfloat16) == "masked"
 
 
 @torch.no_grad()

@@ -13,20 +13,25 @@ from torch import Tensor
 
 from methods.modeling.structures.moe_stores import Pseudo
 
-FEW = 256
-"""Tokens from which on it pays to visit the experts one by one; below, reading all their weights costs more than
-computing every neuron."""
+PAYS = 32
+"""Tokens at which multiplying a matrix takes as long as fetching it, on a CPU."""
 
 _fastest: dict[tuple[object, ...], str] = {}
 
 
 def fixed(store: Pseudo, x_TD: Tensor) -> str:
-    """The rule."""
+    """The rule.
+
+    With m = `PAYS`, T tokens take about n (T + m) through n neurons: `masked` U (T + m), all of them for every token,
+    `sorted` w (T + N m), each of N experts for some, with 2 m where it copies. U m is small beside U T and left out.
+    """
     if len(x_TD) == 1 and "single" in store.ways:
         return "single"
     if "grouped" in store.ways and x_TD.is_cuda:
         return "grouped"
-    return "sorted" if "sorted" in store.ways and len(x_TD) >= FEW else "masked"
+    (experts, width), union = store.index_Nw.shape, len(store.union.down_wD)
+    pays = len(x_TD) * (union - width) >= PAYS * store.fetches * experts * width
+    return "sorted" if "sorted" in store.ways and pays else "masked"
 
 
 def measured(store: Pseudo, experts_T: Tensor, x_TD: Tensor) -> str:

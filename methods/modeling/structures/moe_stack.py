@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from methods.modeling.structures.moe_neurons import Neurons
@@ -20,10 +21,10 @@ class Stack:
         self.union, self.num_experts, self.act_fn = union, len(index_Nw), union.activation
         self.has_gate = len(union.inputs) == 2
         self.has_bias = any(bias is not None for bias in (union.bias_D, *(bias for _, bias in union.inputs)))
-        self.down_NwD = union.down_wD[index_Nw]
+        self.down_NwD = embedding(index_Nw, union.down_wD)
         self.down_proj = self.down_NwD.transpose(1, 2)
         self.down_proj_bias = _or_zeros(union.bias_D, union.down_wD.T).expand(len(index_Nw), -1)
-        self.gate_up_proj = self.up_proj = torch.cat([weight[index_Nw] for weight, _ in union.inputs], 1)
+        self.gate_up_proj = self.up_proj = torch.cat([embedding(index_Nw, weight) for weight, _ in union.inputs], 1)
         biases = [_or_zeros(bias, weight)[index_Nw] for weight, bias in union.inputs]
         self.gate_up_proj_bias = self.up_proj_bias = torch.cat(biases, 1)
 

@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from methods.modeling.structures.moe_neurons import Neurons
+from methods.modeling.structures.moe_neurons import Neurons, times
 from methods.modeling.structures.moe_reader import Reader, can_read
 from methods.modeling.structures.moe_stack import Stack
 
@@ -39,24 +39,27 @@ class Pseudo:
 
     paths: ClassVar[tuple[str, ...]] = ("masked",)
     """The ways for any number of tokens."""
+    fetches: ClassVar[int] = 1
+    """How often `sorted` moves an expert's weights."""
     ways: dict[str, Way]
     """All ways, by name."""
 
     def __init__(self, union: Neurons, index_Nw: Tensor) -> None:
         self.union, self.index_Nw = union, index_Nw.long()
-        mask_NU = union.down_wD.new_zeros(len(index_Nw), len(union.down_wD))
-        self.mask_NU = mask_NU.scatter_(1, self.index_Nw, 1)
+        mask_NU = union.down_wD.new_zeros(len(index_Nw), len(union.down_wD), dtype=torch.bool)
+        self.mask_NU = mask_NU.scatter_(1, self.index_Nw, True)
         self.ways = {"masked": self.masked}
 
     def masked(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
         """Every neuron for every token; the way that gives all weights their gradient."""
-        return self.union.output(self.union.hidden(x_TD) * self.mask_NU[experts_T])
+        return self.union.output(times(self.union.hidden(x_TD), self.mask_NU[experts_T]))
 
 
 class Shared(Pseudo):
     """The union and a table."""
 
     paths = ("masked", "sorted")
+    fetches = 2
 
     def __init__(self, union: Neurons, index_Nw: Tensor) -> None:
         super().__init__(union, index_Nw)
@@ -69,7 +72,10 @@ class Shared(Pseudo):
         return self.readers[int(experts_T)](x_TD)
 
     def _sorted(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
-        return by_expert(lambda i: self.union.take(self.index_Nw[i]), len(self.index_Nw), experts_T, x_TD)
+        room_wD = torch.empty_like(self.union.down_wD[: self.index_Nw.shape[1]])
+        return by_expert(
+            lambda i, x: self.union.share(self.index_Nw[i], room_wD, x), len(self.index_Nw), experts_T, x_TD
+        )
 
 
 class Materialised(Pseudo):
@@ -95,7 +101,7 @@ class Materialised(Pseudo):
         return self._with_core(self.experts[int(experts_T)](x_TD), x_TD)
 
     def _sorted(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
-        return self._with_core(by_expert(self.experts.__getitem__, len(self.experts), experts_T, x_TD), x_TD)
+        return self._with_core(by_expert(lambda i, x: self.experts[i](x), len(self.experts), experts_T, x_TD), x_TD)
 
     def _grouped(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
         return self._with_core(self.stack.grouped(experts_T, x_TD), x_TD)
@@ -119,10 +125,9 @@ STORES: dict[str, type[Pseudo]] = {
 }
 
 
-def by_expert(expert: Callable[[int], Neurons], count: int, experts_T: Tensor, x_TD: Tensor) -> Tensor:
+def by_expert(run: Callable[[int, Tensor], Tensor], count: int, experts_T: Tensor, x_TD: Tensor) -> Tensor:
     """Tokens sorted by expert, one product per expert that has any, and back."""
     order_T = experts_T.argsort(stable=True)
-    parts = x_TD[order_T].split(experts_T.bincount(minlength=count).tolist())
-    y_TD = torch.empty_like(x_TD)
-    y_TD[order_T] = torch.cat([expert(i)(part) for i, part in enumerate(parts) if len(part)])
-    return y_TD
+    parts = x_TD.index_select(0, order_T).split(experts_T.bincount(minlength=count).tolist())
+    sorted_TD = torch.cat([run(i, part) for i, part in enumerate(parts) if len(part)])
+    return torch.empty_like(sorted_TD).index_copy_(0, order_T, sorted_TD)

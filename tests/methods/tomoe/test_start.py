@@ -9,7 +9,7 @@ from methods.tomoe import ToMoE, start
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.straight_through import probability_on
 from methods.tomoe.training import Trainer
-from tests.methods.tiny import CONFIGS, tiny_model
+from tests.methods.tiny import CONFIGS, some_ids, tiny_model
 from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
 
 
@@ -69,7 +69,7 @@ def test_training_starts_near_the_target(name: str, settings, tmp_path) -> None:
     method = ToMoE(start="energy", **{"experts": 3, "embedding": 8} | settings)
     budget = Budget(ratio=0.7, basis="block")
     trainer = Trainer(method, model, tokenizer(), budget, SmallCalibration(), context(tmp_path))
-    start.begin(trainer.network, trainer.decoder, trainer.plan.target, SmallCalibration(), context(tmp_path))
+    start.begin(trainer.network, trainer.decoder, trainer.plan.target, trainer._first_windows(), context(tmp_path))
     torch.manual_seed(0)
     with torch.no_grad():
         masks = trainer.network.draw()
@@ -95,7 +95,7 @@ def test_the_context_s_seed_decides(tmp_path) -> None:
         model = tiny_model("llama-gqa", dtype=torch.float32)
         method = ToMoE(start="energy", experts=3, embedding=8)
         network = ToMoENetwork(Decoder(model).shape, method, 8, torch.Generator().manual_seed(0))
-        start.begin(network, Decoder(model), 0.5, SmallCalibration(), Context(scratch=tmp_path, seed=seed))
+        start.begin(network, Decoder(model), 0.5, some_ids(12, 16), Context(scratch=tmp_path, seed=seed))
         return network.mlp_sites[1].router.weight.detach()
 
     assert routers(0).equal(routers(0)) and not routers(0).equal(routers(1))
