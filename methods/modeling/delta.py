@@ -51,7 +51,7 @@ def save_delta(model: PreTrainedModel, base: PreTrainedModel, folder: str | Path
     content = {
         "schema": SCHEMA,
         "base": _identity(base, dense),
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "config": json.loads(model.config.to_json_string()),
         "tensors": recipes,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ With a the mask logits of a site and t one shift for the whole model, P(on) = 1 
 t is solved by bisection so that the counted size meets the budget: training counts samples, and a model is counted by
 its matrices. At least one neuron, one group and one value dimension stay.
 
-Departs from the released code: no noise, equal widths, K from calibration text (theirs is the test set).
+Departs from the released code: equal widths, K from calibration text (theirs is the test set), and no noise but with
+`inference_noise`.
 """
 
 # Shape suffixes: B batch, T tokens, D hidden size, N experts, M MLP width, w neurons of an expert, h head dimension,
@@ -264,4 +265,6 @@ def _records(settings: ToMoE, model: PreTrainedModel, raw: list[list[float]]) ->
         for layer, widths in zip(experts["layers"], raw, strict=True):
             layer["raw_widths"] = widths
         records["moe_mlp"] = experts
+    if settings.inference_noise:
+        records["choice_noise"] = {}
     return records

@@ -183,7 +183,7 @@ def test_a_method_that_trains_gets_a_budget_all_rows_and_a_folder(
     monkeypatch.setattr(ShortGPT, "compress", spy)
     assert small_run.run(workplace, "--budget", "demo") == 0
     text = str(workplace / "text.txt")
-    training = Training(steps=300, sequences=8, window=128)  # 256 tokens are more than the model has positions
+    training = Training(steps=300, sequences=4, window=128)  # 256 tokens are more than the model has positions
     assert seen == [(training, {text: data.load(text, "calibration").content.split("\n")})]
     assert (folder(workplace, "shortgpt") / "training.csv").read_text() == "step\n"
 

@@ -169,6 +169,14 @@ def test_the_base_stays_as_it_is(tmp_path: Path) -> None:
     assert loaded.generation_config is not dense.generation_config
 
 
+def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
+    base("llama-gqa").save_pretrained(tmp_path / "dense")
+    model, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / "dense") for _ in range(2))
+    save_delta(keep_layers(model, [0, 2]), dense, tmp_path / "delta")
+    text = (tmp_path / "delta" / "delta.json").read_text()
+    assert json.loads(text)["base"]["name"] == "dense" and str(tmp_path) not in text
+
+
 def test_equal_lists_are_stored_once(tmp_path: Path) -> None:
     save_delta(chosen("random", "llama-gqa"), base("llama-gqa"), tmp_path)
     recipes = json.loads((tmp_path / "delta.json").read_text())["tensors"]
