@@ -1,9 +1,13 @@
 """training.csv, one row per step, and TensorBoard events on request."""
 
 import csv
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any, Self
+
+import torch
 
 from methods.errors import UserError
 
@@ -35,9 +39,9 @@ class StepLog:
                 target.close()
 
     def write(self, row: dict[str, float]) -> None:
-        """One step. Adds the seconds since the last one."""
+        """One step. Adds the memory used at most so far, and the seconds since the last step."""
         now = time.perf_counter()
-        row = row | {"seconds": now - self._last}
+        row = row | {"peak_bytes": _peak_bytes(), "seconds": now - self._last}
         self._last = now
         if self._file:
             if not self._has_header:
@@ -48,6 +52,12 @@ class StepLog:
         if self._board:
             for name, value in row.items():
                 self._board.add_scalar(name, value, int(row["step"]))
+
+
+def _peak_bytes() -> float:
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def _rows_before(path: Path, start: int) -> list[list[str]]:

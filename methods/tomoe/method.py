@@ -59,8 +59,9 @@ class ToMoE(Method):
     """Temperature of both straight-through functions."""
     steps: int | None = None
     """Training steps; None: what `--budget` grants."""
-    learning_rate: float = 1e-2
-    """Of AdamW."""
+    learning_rate: float | None = None
+    """Of AdamW; None: 4.096 / hidden size, at most 0.01. Adam moves a logit in proportion to the number of its inputs,
+    and the paper's 1e-3 was for 4,096 of them."""
     router_rate: float = 1.0
     """Learning rate of the routers, as a multiple of the others'."""
     weight_decay: float = 0.05
@@ -120,10 +121,8 @@ class ToMoE(Method):
             if value is not None and value < least[name]:
                 raise UserError(f"tomoe.{name} is {value}; the least is {least[name]}. Use --set tomoe.{name}=VALUE.")
         for name in ("tau", "learning_rate", "router_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(
-                    f"tomoe.{name} is {getattr(self, name):g} and must be above 0. Use --set tomoe.{name}=VALUE."
-                )
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise UserError(f"tomoe.{name} is {value:g} and must be above 0. Use --set tomoe.{name}=VALUE.")
         if not 0 <= self.ramp < 1:
             raise UserError(f"tomoe.ramp is {self.ramp:g} and must be in [0, 1). Use --set tomoe.ramp=0.3.")
 
@@ -131,6 +130,10 @@ class ToMoE(Method):
     def dynamic_values(self) -> bool:
         """Whether each token chooses its value dimensions."""
         return self.vo_routing and not self.head_pruning
+
+    def rate(self, shape: DecoderShape) -> float:
+        """The learning rate that training starts with."""
+        return self.learning_rate or min(0.01, 4.096 / shape.hidden)
 
     def width(self, shape: DecoderShape) -> int:
         """E, even: each direction of the GRU gives half."""

@@ -60,8 +60,7 @@ def train(
 
     Raises:
         UserError: the target is out of reach, the text is shorter than a block, the checkpoint to resume from belongs
-        to
-            another run, or the loss stays non-finite.
+            to another run, or the loss stays non-finite.
     """
     trainer = Trainer(settings, model, tokenizer, budget, calibration, context)
     trainer.run()
@@ -79,13 +78,15 @@ class Plan:
     """p."""
     start: float
     """The fraction of T_total that is on before the first step."""
+    learning_rate: float
+    """At the first step."""
     seed: int
 
     def rate(self, settings: ToMoE, step: int) -> float:
         """Learning rate of a step."""
         if settings.schedule == "constant":
-            return settings.learning_rate
-        return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / self.steps))
+            return self.learning_rate
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / self.steps))
 
     def noise(self, settings: ToMoE, step: int) -> float:
         """Scale of the noise of a step: from 1 to its last value, linear."""
@@ -119,6 +120,7 @@ class Trainer:
             window=min(granted.window, shape.max_positions),
             target=target,
             start=1.0 if settings.start == "random" else with_mlp_at(target, shape),
+            learning_rate=settings.rate(shape),
             seed=context.seed,
         )
         self.process = PartialState(cpu=context.device == "cpu")
@@ -171,7 +173,8 @@ class Trainer:
             terms = self._terms(ids, targets, p, self.plan.noise(self.settings, step))
             terms.loss.backward()
         self._update()
-        return {"step": step, "target": p, "learning_rate": rate, "skipped": self.state.skipped, **terms.row()}
+        row = {"step": step, "target": p, "learning_rate": rate, "skipped": self.state.skipped, **terms.row()}
+        return row | {f"tokens.{source}": float(count) for source, count in self.blocks.tokens.items()}
 
     def _terms(self, ids: Tensor, targets: Tensor, p: float, noise: float) -> objective.Terms:
         """The objective on some tokens [sequences, window]."""
@@ -215,7 +218,7 @@ class Trainer:
             raise UserError(
                 f"the loss was not finite in {PATIENCE} steps in a row, so training stopped; what was trained before "
                 f"is in {self.state.folder}. Use a smaller --set tomoe.learning_rate "
-                f"(it is {self.settings.learning_rate:g}), or --dtype float32."
+                f"(it is {self.plan.learning_rate:g}), or --dtype float32."
             )
 
     @contextmanager
@@ -241,7 +244,7 @@ def optimizer(network: ToMoENetwork, settings: ToMoE) -> torch.optim.AdamW:
     routers = [parameter for name, parameter in named.items() if ".router." in name]
     others = [parameter for name, parameter in named.items() if ".router." not in name]
     groups = [{"params": others, "factor": 1.0}, {"params": routers, "factor": settings.router_rate}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=1.0, weight_decay=settings.weight_decay)
 
 
 def with_mlp_at(p: float, shape: DecoderShape) -> float:

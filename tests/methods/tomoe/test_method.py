@@ -95,6 +95,12 @@ def test_added_weights_lower_the_target() -> None:
     assert ToMoE().target(shape, half) < alone.target(shape, half)
 
 
+def test_learning_rate_follows_the_fan_in() -> None:
+    assert [round(ToMoE().rate(SHAPES[name]), 6) for name in ("llama2-7b", "phi-2")] == [0.001, 0.0016]
+    assert ToMoE().rate(Decoder(tiny_model("llama-gqa")).shape) == 0.01
+    assert ToMoE(learning_rate=0.5).rate(SHAPES["phi-2"]) == 0.5
+
+
 def test_embedding_width_follows_the_model() -> None:
     assert [ToMoE().width(SHAPES[name]) for name in ("llama2-7b", "phi-2")] == [128, 80]
     assert ToMoE().width(Decoder(tiny_model("llama-gqa")).shape) == 16
