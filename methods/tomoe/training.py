@@ -264,5 +264,5 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A hash over every weight's name, shape and sum, so that a checkpoint is not resumed on another model."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())!r}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64))!r}".encode())
     return digest.hexdigest()
