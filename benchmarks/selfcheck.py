@@ -3,6 +3,7 @@
     python -m benchmarks.selfcheck startup           # --list and --plan beside a bare interpreter
     python -m benchmarks.selfcheck methods           # compressing tiny-llama beside one pass over the calibration text
     python -m benchmarks.selfcheck experts           # an MLP of experts beside the dense one, by store and tokens
+    python -m benchmarks.selfcheck training          # a ToMoE training step beside a plain forward pass
     python -m benchmarks.selfcheck kill --times 20   # SIGKILL a running matrix at random moments, compare the records
 
 Times are medians of interleaved repeats of one run, so that a busy machine slows everything alike.
@@ -111,6 +112,13 @@ def experts(repeats: int) -> None:
     moe_speed.report(repeats)
 
 
+def training(repeats: int) -> None:
+    """How long a step of training takes beside a forward pass."""
+    from benchmarks import training_cost
+
+    training_cost.report(repeats)
+
+
 def kill(times: int, seed: int = 0) -> None:
     """Kill a run `times` times, let it finish, and compare its records with those of an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -175,14 +183,24 @@ def results(out: Path) -> dict[str, object]:
     }
 
 
+CHECKS: dict[str, tuple[Callable[[int], None], int]] = {
+    "startup": (startup, 7),
+    "methods": (compress, 5),
+    "experts": (experts, 5),
+    "training": (training, 5),
+    "kill": (kill, 20),
+}
+"""By name: what to run, and how many times."""
+
+
 def main() -> None:
     """Parse the command line and run one check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checks = parser.add_subparsers(dest="check", required=True)
-    for name, repeats in (("startup", 7), ("methods", 5), ("experts", 5), ("kill", 20)):
-        checks.add_parser(name).add_argument("--times", type=int, default=repeats)
+    for name, (_, times) in CHECKS.items():
+        checks.add_parser(name).add_argument("--times", type=int, default=times)
     arguments = parser.parse_args()
-    {"startup": startup, "methods": compress, "experts": experts, "kill": kill}[arguments.check](arguments.times)
+    CHECKS[arguments.check][0](arguments.times)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ https://arxiv.org/abs/2501.15316. Every original weight stays frozen; what is le
 
     straight_through    ST-GumbelSigmoid, ST-GumbelSoftmax
     hypernetwork        expert embeddings E from fixed noise z
-    sites               routers and mask decoders of attention and MLP
-    masking             the masked forward pass (pseudo-MoE)
+    sites, network      routers and mask decoders of attention and MLP; all that is trained, and one draw of masks
+    masking, precision  the masked forward pass (pseudo-MoE), fp32 beside a model of less
     distillation        KD
     objective           R_P, R_U, R_L
     accounting          T(w), the target p, added parameters
-    data, training      the training loop
-    conversion, delta   from learned masks to a sparse model, or to a small file on top of the dense one
+    data, training      the training loop; state: its checkpoints; log: training.csv
+    start               where training begins (not in the paper)
+    conversion          from learned masks to a sparse model
     method              hyperparameters and presets
 """
 

@@ -1,7 +1,8 @@
 """What ToMoE's weights add up to (paper, equation 8 and its appendix): T(w), the target p, and what conversion adds.
 
-    T(w) = sum over layers of d (H + Hk) w_qk + d (H + Hk) w_vo + nw d w_mlp         nw: 3 gated, 2 plain
+    T(w) = sum over layers of d (H + Hk) w_qk + d Hk w_v + d H w_o + nw d w_mlp         nw: 3 gated, 2 plain
 
+The paper has one w_vo for values and outputs; where only one of them is masked (`vo_mask`), the other counts whole.
 Embeddings, head, norms and biases are not in T. A budget speaks of the whole model (or of its blocks) and counts what
 conversion adds, so the fraction p of T_total that may stay is
 
@@ -20,15 +21,30 @@ from methods.base import Budget
 from methods.modeling.shape import DecoderShape
 
 
-def layer_weights(qk: Any, vo: Any, mlp: Any, shape: DecoderShape) -> Any:
-    """One layer's share of T for its widths; numbers or tensors."""
-    heads, projections = shape.heads + shape.kv_heads, 3 if shape.gated else 2
-    return shape.hidden * (heads * qk + heads * vo + projections * mlp)
+class Kept(NamedTuple):
+    """What a token of one layer uses: dimensions per head, and neurons. Numbers, or tensors while training."""
+
+    qk: Any
+    value: Any
+    output: Any
+    mlp: Any
+
+
+def layer_weights(kept: Kept, shape: DecoderShape) -> Any:
+    """One layer's share of T."""
+    heads, kv_heads, projections = shape.heads, shape.kv_heads, 3 if shape.gated else 2
+    attention = (heads + kv_heads) * kept.qk + kv_heads * kept.value + heads * kept.output
+    return shape.hidden * (attention + projections * kept.mlp)
+
+
+def whole(shape: DecoderShape, mlp: float = 1.0) -> Kept:
+    """A layer with nothing masked, or with a share of its neurons."""
+    return Kept(shape.head_dim, shape.head_dim, shape.head_dim, mlp * shape.mlp_width)
 
 
 def prunable(shape: DecoderShape) -> int:
     """T_total: the weights that masks act on."""
-    return shape.layers * layer_weights(shape.head_dim, shape.head_dim, shape.mlp_width, shape)
+    return round(shape.layers * layer_weights(whole(shape), shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +73,6 @@ def keep_fraction(shape: DecoderShape, budget: Budget, added: int = 0) -> float:
     return (budget.ratio * dense - (dense - total) - added) / total
 
 
-class Kept(NamedTuple):
-    """What a converted layer's token uses: head dimensions, and neurons."""
-
-    qk: float
-    value: float
-    output: float
-    mlp: int
-
-
 def active_block(shape: DecoderShape, layers: Sequence[Kept], added: Added) -> int:
     """Parameters of all blocks that a token uses once converted."""
     return sum(_active_layer(shape, kept) + added.count(shape) for kept in layers)
@@ -73,9 +80,7 @@ def active_block(shape: DecoderShape, layers: Sequence[Kept], added: Added) -> i
 
 def _active_layer(shape: DecoderShape, kept: Kept) -> int:
     heads, kv_heads, d = shape.heads, shape.kv_heads, shape.hidden
-    attention = d * ((heads + kv_heads) * kept.qk + kv_heads * kept.value + heads * kept.output)
-    mlp = d * (3 if shape.gated else 2) * kept.mlp
     qkv_biases = ((heads + kv_heads) * kept.qk + kv_heads * kept.value) * shape.qkv_bias
     mlp_biases = ((2 if shape.gated else 1) * kept.mlp + d) * shape.mlp_bias
     norms = shape.layer - shape.attention - shape.mlp + shape.head_norms
-    return round(attention + mlp + qkv_biases + mlp_biases + d * shape.output_bias + norms)
+    return round(layer_weights(kept, shape) + qkv_biases + mlp_biases + d * shape.output_bias + norms)

@@ -8,7 +8,7 @@ With a the mask logits of a site and t one shift for the whole model, P(on) = 1 
     v/o      K = mean over calibration tokens of sum P(on); each token keeps its K highest dimensions
 
 t is solved by bisection so that the counted size meets the budget: training counts samples, and a model is counted by
-its matrices. At least one neuron, one group and one value dimension stay.
+its matrices. At least one neuron, two query/key dimensions and one value dimension stay.
 
 Departs from the released code: equal widths, K from calibration text (theirs is the test set), and no noise but with
 `inference_noise`.
@@ -55,6 +55,8 @@ class Scores:
     """Query/key groups, or key/value heads (ablation "head pruning"); None where query and key keep their width."""
     values_Th: Tensor
     """Of calibration tokens; one row where no token chooses."""
+    least_groups: int
+    """So many groups stay, whatever happens: queries and keys keep two dimensions."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,12 @@ def measure(network: ToMoENetwork, decoder: Decoder, calibration: Calibration, c
     else:
         pairs = zip(network.attention_sites, means, strict=True)
         values = [site.static_value_logits(mean)[None] for site, mean in pairs]
+    least = 1 if network.settings.head_pruning else 2 // min(map(len, network.shape.rope_groups))
     scores = []
     for layer, mean_E in enumerate(means):
         mlp, attention = network.mlp_sites[layer], network.attention_sites[layer]
         groups = None if network.shape.qk_norm and not network.settings.head_pruning else attention.group_logits(mean_E)
-        scores.append(Scores(mlp.expert_logits(embeddings_SNE[2 * layer + 1]), groups, values[layer]))
+        scores.append(Scores(mlp.expert_logits(embeddings_SNE[2 * layer + 1]), groups, values[layer], least))
     return scores
 
 
@@ -180,7 +183,7 @@ def sizes_at(settings: ToMoE, scores: list[Scores], t: float, t_mlp: float | Non
     def size(s: Scores) -> Sizes:
         values = expected(s.values_Th)
         kept = values.mean() if settings.kept_values == "mean" else values.max()
-        groups = 0 if s.groups_G is None else _at_least_one(expected(s.groups_G))
+        groups = 0 if s.groups_G is None else max(s.least_groups, round(float(expected(s.groups_G))))
         return Sizes(groups, _at_least_one(kept), _at_least_one(expected(s.experts_NM, t_mlp).max()))
 
     return [size(s) for s in scores]
@@ -202,8 +205,8 @@ def _kept(settings: ToMoE, shape: DecoderShape, scores: Scores, sizes: Sizes) ->
         share = sizes.groups * shape.head_dim / shape.kv_heads
         return accounting.Kept(share, share, share, sizes.neurons)
     qk = sum(len(shape.rope_groups[group]) for group in best(scores.groups_G, sizes.groups)) or shape.head_dim
-    value = shape.head_dim if settings.vo_mask == "o_only" and settings.vo_routing else sizes.values
-    output = shape.head_dim if settings.vo_mask == "v_only" and settings.vo_routing else sizes.values
+    value = shape.head_dim if settings.masks_only("output") else sizes.values
+    output = shape.head_dim if settings.masks_only("value") else sizes.values
     return accounting.Kept(qk, value, output, sizes.neurons)
 
 
@@ -266,5 +269,5 @@ def _records(settings: ToMoE, model: PreTrainedModel, raw: list[list[float]]) ->
             layer["raw_widths"] = widths
         records["moe_mlp"] = experts
     if settings.inference_noise:
-        records["choice_noise"] = {}
+        records["choice_noise"] = {"scale": settings.last_noise}
     return records

@@ -34,6 +34,8 @@ class Blocks:
     ) -> None:
         """Raises UserError when all rows of the text together are shorter than one block."""
         self._rows, self._tokenizer, self._length, self._seed = rows, tokenizer, window + 1, seed
+        if empty := [name for name, texts in rows.items() if not any(map(self._encode, texts))]:
+            raise UserError(f"the calibration text {empty[0]} has no tokens. Use another text (--calibration).")
         lengths = accumulate(len(self._encode(text)) for texts in rows.values() for text in texts)
         if not any(length >= self._length for length in lengths):
             raise UserError(

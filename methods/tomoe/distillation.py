@@ -34,10 +34,11 @@ class _HeadLoss(torch.autograd.Function):
             log_p_tV = log_probabilities(h_TD[tokens], head)
             value, compared, grad_tV = pull(log_p_tV, tokens)
             loss, reference = loss + value, reference + compared
-            grads.append((grad_tV / len(h_TD)).to(h_TD.dtype) @ head.weight)
+            grads.append(grad_tV.to(h_TD.dtype) @ head.weight / len(h_TD))
         ctx.save_for_backward(torch.cat(grads))
+        loss, reference = loss / len(h_TD), reference / len(h_TD)
         ctx.mark_non_differentiable(reference)
-        return loss / len(h_TD), reference / len(h_TD)
+        return loss, reference
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,6 +49,11 @@ class _HeadLoss(torch.autograd.Function):
 def log_probabilities(h_tD: Tensor, head: nn.Linear) -> Tensor:
     """Log-probabilities of the next token, [t, V] in fp32."""
     return linear(h_tD, head.weight, head.bias).float().log_softmax(-1)
+
+
+def product_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x * y without a tensor of the products, which would take longer to allocate than to fill."""
+    return x.flatten() @ y.flatten()
 
 
 def distillation(student_TD: Tensor, teacher_TD: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -61,8 +67,8 @@ def distillation(student_TD: Tensor, teacher_TD: Tensor, head: nn.Linear) -> tup
     def pull(log_p_tV: Tensor, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
         log_q_tV = log_probabilities(teacher_TD[tokens], head)
         q_tV = log_q_tV.exp()
-        entropy = -(q_tV * log_q_tV).sum()
-        return -(q_tV * log_p_tV).sum() - entropy, entropy, log_p_tV.exp_().sub_(q_tV)
+        entropy = -product_sum(q_tV, log_q_tV)
+        return -product_sum(q_tV, log_p_tV) - entropy, entropy, log_p_tV.exp_().sub_(q_tV)
 
     return _HeadLoss.apply(student_TD, head, pull)  # pyright: ignore[reportReturnType]
 

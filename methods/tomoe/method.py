@@ -15,21 +15,57 @@ from methods.tomoe.accounting import Added, keep_fraction, prunable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LIMITS = (
+    ("experts", 1, 4096),
+    ("embedding", 2, 65536),
+    ("steps", 1, 10**9),
+    ("tau", 1e-3, 1e3),
+    ("learning_rate", 1e-9, 10.0),
+    ("router_rate", 1e-3, 1e3),
+    ("weight_decay", 0, 1.0),
+    ("ramp", 0, 0.99),
+    ("kd_weight", 0, 1e6),
+    ("alpha", 0, 1e6),
+    ("beta", 0, 1e6),
+    ("gamma", 0, 1e6),
+    ("last_noise", 0.01, 1.0),
+)
+"""Least and largest value of each number; neither infinity nor a number that is none is between."""
 LEAST = 0.02
 """Smallest p that is worth a try."""
 PAPER = {
+    "experts": 8,
     "embedding": 128,
+    "tau": 0.4,
+    "steps": 10_000,
     "learning_rate": 1e-3,
+    "router_rate": 1.0,
+    "weight_decay": 0.05,
     "schedule": "constant",
     "ramp": 0.0,
+    "start": "random",
+    "loss": "kd",
+    "kd_weight": 1.0,
+    "alpha": 16.0,
+    "beta": 2.0,
+    "gamma": 1.0,
+    "load_balance": "paper",
+    "attention_union": True,
+    "union": "sampled",
+    "last_noise": 1.0,
     "mask_noise": "per_token",
     "mask_grad": "single",
+    "vo_mask": "v_and_o",
+    "vo_routing": True,
+    "local_embeddings": False,
+    "head_pruning": False,
     "vo_count": "max",
-    "start": "random",
-    "union": "sampled",
-    "router_rate": 1.0,
-    "last_noise": 1.0,
+    "topk": "exact",
+    "kept_values": "mean",
+    "inference_noise": False,
+    "checkpointing": True,
 }
+"""What the paper says; activations are recomputed, since its noise per token fills the memory."""
 RELEASED = PAPER | {
     "steps": 20_000,
     "kd_weight": 2.0,
@@ -42,6 +78,7 @@ RELEASED = PAPER | {
     "kept_values": "max",
     "inference_noise": True,
 }
+"""What the authors' code does, as far as docs/TOMOE.md says."""
 
 
 @register("tomoe", title="ToMoE", reference="https://arxiv.org/abs/2501.15316", family="moe")
@@ -116,20 +153,22 @@ class ToMoE(Method):
     """Write TensorBoard events beside training.csv."""
 
     def __post_init__(self) -> None:
-        least = {"experts": 1, "embedding": 2, "steps": 1}
-        for name, value in ((name, getattr(self, name)) for name in least):
-            if value is not None and value < least[name]:
-                raise UserError(f"tomoe.{name} is {value}; the least is {least[name]}. Use --set tomoe.{name}=VALUE.")
-        for name in ("tau", "learning_rate", "router_rate"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise UserError(f"tomoe.{name} is {value:g} and must be above 0. Use --set tomoe.{name}=VALUE.")
-        if not 0 <= self.ramp < 1:
-            raise UserError(f"tomoe.ramp is {self.ramp:g} and must be in [0, 1). Use --set tomoe.ramp=0.3.")
+        for name, low, high in LIMITS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(
+                    f"tomoe.{name} is {value:g}, which is not between {low:g} and {high:g}. "
+                    f"Use --set tomoe.{name}=VALUE."
+                )
 
     @property
     def dynamic_values(self) -> bool:
         """Whether each token chooses its value dimensions."""
         return self.vo_routing and not self.head_pruning
+
+    def masks_only(self, side: Literal["value", "output"]) -> bool:
+        """Whether tokens choose what they write (value) or what they read (output), and not the other."""
+        return self.dynamic_values and self.vo_mask == ("v_only" if side == "value" else "o_only")
 
     def rate(self, shape: DecoderShape) -> float:
         """The learning rate that training starts with."""

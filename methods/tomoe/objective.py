@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from methods.modeling.shape import DecoderShape
-from methods.tomoe.accounting import layer_weights, prunable
+from methods.tomoe.accounting import Kept, layer_weights, prunable
 from methods.tomoe.network import LayerMasks
 from methods.tomoe.straight_through import probability_on, straight_through
 
@@ -41,35 +41,27 @@ def log_ratio(x: Tensor, y: Tensor | float) -> Tensor:
     return ((torch.maximum(x, y) + C) / (torch.minimum(x, y) + C)).log()
 
 
-@dataclass(frozen=True)
-class Widths:
-    """What one layer keeps, in neurons and head dimensions; tensors that carry gradient while training."""
-
-    qk: Tensor
-    vo: Tensor
-    mlp: Tensor
-
-
-def widths(masks: LayerMasks, shape: DecoderShape, settings: ToMoE) -> Widths:
-    """The widths of one layer's masks.
+def widths(masks: LayerMasks, shape: DecoderShape, settings: ToMoE) -> Kept:
+    """The widths of one layer's masks; tensors that carry gradient.
 
     The MLP counts its widest expert, query and key their mask, and value and output their widest token, or the mean
     over tokens where conversion will give every token that many (`vo_count`).
     """
-    full = torch.tensor(float(shape.head_dim), device=masks.mean_E.device)
-    mlp = masks.experts_NM.sum(1).max()
+    mlp, full = masks.experts_NM.sum(1).max(), shape.head_dim
     if masks.heads_H is not None:
-        kept = masks.heads_H.mean() * shape.head_dim
-        return Widths(kept, kept, mlp)
+        kept = masks.heads_H.mean() * full
+        return Kept(kept, kept, kept, mlp)
     assert masks.values_BTh is not None
     per_token = masks.values_BTh.sum(-1)
     vo = per_token.mean() if settings.vo_count == "mean" else per_token.max()
-    return Widths(full if masks.qk_h is None else masks.qk_h.sum(), vo, mlp)
+    value = full if settings.masks_only("output") else vo
+    output = full if settings.masks_only("value") else vo
+    return Kept(full if masks.qk_h is None else masks.qk_h.sum(), value, output, mlp)
 
 
-def active_fraction(layers: Sequence[Widths], shape: DecoderShape) -> Tensor:
+def active_fraction(layers: Sequence[Kept], shape: DecoderShape) -> Tensor:
     """T(w) / T_total, with gradient."""
-    return torch.stack([layer_weights(w.qk, w.vo, w.mlp, shape) for w in layers]).sum() / prunable(shape)
+    return torch.stack([layer_weights(kept, shape) for kept in layers]).sum() / prunable(shape)
 
 
 def union_terms(masks: LayerMasks, converted_NM: Tensor, settings: ToMoE) -> list[Tensor]:
@@ -145,7 +137,7 @@ class Terms:
     """Mean over layers, of the sampled masks."""
     union_converted: Tensor
     """Mean over layers, of the sets that conversion would make."""
-    widths: list[Widths]
+    widths: list[Kept]
     balances: list[Balance]
 
     def row(self) -> dict[str, float]:
@@ -163,9 +155,9 @@ class Terms:
             "union_converted": self.union_converted,
         }
         for layer, (width, balance) in enumerate(zip(self.widths, self.balances, strict=True)):
-            columns |= {f"{name}.{layer}": value for name, value in vars(width).items()}
+            columns |= {f"{name}.{layer}": value for name, value in width._asdict().items()}
             columns |= {f"load.{layer}.{expert}": load for expert, load in enumerate(balance.loads_N)}
-        return {name: float(value.detach()) for name, value in columns.items()}
+        return {name: float(torch.as_tensor(value).detach()) for name, value in columns.items()}
 
 
 def terms(

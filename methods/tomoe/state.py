@@ -37,8 +37,9 @@ class TrainingState:
 
     def save(self, name: str, step: int) -> None:
         """Write one checkpoint beside the others, then remove the others."""
+        for torn in self.folder.glob(".*.partial"):
+            shutil.rmtree(torn)
         partial = self.folder / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(self._tensors(), partial / "state.safetensors")
         counters = {"step": step, "skipped": self.skipped, "in_a_row": self.in_a_row}

@@ -30,7 +30,7 @@ from methods.errors import UserError
 from methods.modeling.decoder import Decoder
 from methods.modeling.shape import DecoderShape
 from methods.tomoe import objective
-from methods.tomoe.accounting import layer_weights, prunable
+from methods.tomoe.accounting import layer_weights, prunable, whole
 from methods.tomoe.data import Blocks
 from methods.tomoe.distillation import distillation, next_token
 from methods.tomoe.log import StepLog
@@ -110,7 +110,10 @@ class Trainer:
         calibration: Calibration,
         context: Context,
     ) -> None:
+        if model.dtype == torch.float16:
+            raise UserError("tomoe trains in bfloat16 or float32: gradients vanish in float16. Type --dtype bfloat16.")
         self.settings, self.model, self.context = settings, model, context
+        self.ignored = tokenizer.bos_token_id
         self.decoder = Decoder(model)
         shape, granted = self.decoder.shape, context.training
         target = settings.target(shape, budget)
@@ -130,8 +133,9 @@ class Trainer:
         self.masked = MaskedDecoder(self.decoder, self.network)
         self.optimizer = optimizer(self.network, settings)
         self.blocks = Blocks(calibration.rows(), tokenizer, self.plan.window, context.seed)
-        identity = {"settings": asdict(settings), "budget": asdict(self.plan), "model": fingerprint(model)}
-        identity |= {"calibration": calibration.name, "processes": self.process.num_processes}
+        mathematics = {k: v for k, v in asdict(settings).items() if k not in ("checkpointing", "tensorboard")}
+        identity = {"settings": mathematics, "budget": asdict(self.plan), "model": fingerprint(model)}
+        identity |= {"calibration": calibration.sha256, "processes": self.process.num_processes}
         self.state = TrainingState(context.scratch / "tomoe", self.network, self.optimizer, identity)
 
     def run(self) -> None:
@@ -182,10 +186,12 @@ class Trainer:
             teacher_TD = self._hidden(ids, None) if self.settings.loss == "kd" else None
         self.masked.noise, masks = noise, self.network.draw(noise=noise)
         student_TD = self._hidden(ids, masks)
+        valid_T = targets.flatten() != (-1 if self.ignored is None else self.ignored)  # what follows a row is chance
         if teacher_TD is None:
-            language, entropy = next_token(student_TD, targets.flatten(), self.decoder.head), torch.zeros(())
+            language = next_token(student_TD[valid_T], targets.flatten()[valid_T], self.decoder.head)
+            entropy = torch.zeros(())
         else:
-            language, entropy = distillation(student_TD, teacher_TD, self.decoder.head)
+            language, entropy = distillation(student_TD[valid_T], teacher_TD[valid_T], self.decoder.head)
         pairs = zip(self.network.mlp_sites, masks, strict=True)
         logits = [site.expert_logits(layer.embeddings_NE) for site, layer in pairs]
         return objective.terms(self.settings, self.decoder.shape, masks, logits, p, language, entropy, noise)
@@ -249,7 +255,7 @@ def optimizer(network: ToMoENetwork, settings: ToMoE) -> torch.optim.AdamW:
 
 def with_mlp_at(p: float, shape: DecoderShape) -> float:
     """The fraction of T_total that is on when MLPs keep p of their neurons and attention is whole."""
-    return shape.layers * layer_weights(shape.head_dim, shape.head_dim, p * shape.mlp_width, shape) / prunable(shape)
+    return shape.layers * layer_weights(whole(shape, p), shape) / prunable(shape)
 
 
 @contextmanager

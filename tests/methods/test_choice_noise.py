@@ -18,7 +18,7 @@ def noisy() -> PreTrainedModel:
         modeling.convert_mlp(layer, 0.3 * torch.randn(3, 32, generator=generator), experts)
         modeling.convert_values(layer, modeling.ValueSelector(32, 4, 8), 3, modeling.ValueRule())
     records = {"moe_mlp": modeling.expert_record(model), "topk_values": modeling.value_record(model) or {}}
-    return modeling.rebuild(model, records | {"choice_noise": {}})
+    return modeling.rebuild(model, records | {"choice_noise": {"scale": 0.5}})
 
 
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_experts_are_drawn_from_the_softmax() -> None:
     draws = torch.cat([modeling.expert_ids(model, ids.expand(500, 1))[0].flatten() for _ in range(4)])
     handle.remove()
     # Values are chosen by chance too, so every copy of the token reaches the router a little differently.
-    chances = torch.cat([torch.nn.functional.linear(x, router.weight).softmax(-1) for x in seen]).mean(0)
+    chances = torch.cat([torch.nn.functional.linear(x, router.weight).div(0.5).softmax(-1) for x in seen]).mean(0)
     shares = torch.bincount(draws, minlength=3) / len(draws)
     torch.testing.assert_close(shares, chances.flatten(), atol=0.04, rtol=0)
     assert shares.max() < 0.95

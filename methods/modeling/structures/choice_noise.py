@@ -1,7 +1,7 @@
 """Structure: chance in what tokens choose (ToMoE's released code keeps its training noise in the converted model).
 
 Routers and value scores get Gumbel(0, 1) noise, drawn anew in every pass from torch's default generator: a token's
-expert is a draw from softmax(R x_t). Such a model has no single perplexity; report the mean over several seeds.
+expert is a draw from softmax(R x_t / scale). Such a model has no single perplexity; report the mean over several seeds.
 """
 
 from typing import Any
@@ -20,17 +20,19 @@ NAME = "choice_noise"
 class NoisyLinear(nn.Linear):
     """A linear map whose outputs get Gumbel noise."""
 
+    scale: float
+
     def forward(self, input: Tensor) -> Tensor:
         """Shape [..., in] to [..., out]."""
         logits = super().forward(input)
-        return logits - torch.empty_like(logits).exponential_().log()
+        return logits - self.scale * torch.empty_like(logits).exponential_().log()
 
 
 def apply(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Make the routers and value scores of a converted model noisy, in place.
 
     Args:
-        record: empty.
+        record: `{"scale": s}`, what the noise is multiplied with.
     """
     choices = [moe.router for moe in mixtures(model) if moe is not None]
     for layer in Decoder(model).layers:
@@ -38,3 +40,4 @@ def apply(model: PreTrainedModel, record: dict[str, Any]) -> None:
             choices.append(layer.attention.selector.score)
     for linear in choices:
         linear.__class__ = NoisyLinear
+        linear.scale = record["scale"]  # pyright: ignore[reportArgumentType]

@@ -64,7 +64,7 @@ def test_fraction_to_keep_for_a_share_of_all_weights(name: str) -> None:
 
 def test_half_of_llama2_7b() -> None:
     llama = SHAPES["llama2-7b"]
-    half = llama.layers * layer_weights(64, 64, llama.mlp_width // 2, llama)
+    half = llama.layers * layer_weights(Kept(64, 64, 64, llama.mlp_width // 2), llama)
     assert half == 3_238_002_688
     assert (llama.total - prunable(llama) + half) / llama.total == pytest.approx(0.5195, abs=5e-5)
 

@@ -40,6 +40,11 @@ def test_a_group_shorter_than_a_block_takes_more_rows() -> None:
     assert [len(block) for block in islice(blocks, 3)] == [512] * 3
 
 
+def test_an_empty_source_is_refused() -> None:
+    with pytest.raises(UserError, match="calibration text b has no tokens"):
+        Blocks({"a": sentences(), "b": []}, tokenizer(), 15, 0)
+
+
 def test_a_text_shorter_than_a_block_is_refused() -> None:
     with pytest.raises(UserError, match=r"shorter than one training block of 65 tokens.*longer text"):
         Blocks({"a": ["w1 w2 w3"] * 5}, tokenizer(), 64, 0)

@@ -1,0 +1,141 @@
+"""What training costs in memory, by counting the bytes of every tensor that is alive; time is `selfcheck training`."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from methods.base import Budget
+from methods.tomoe import ToMoE, masking
+from methods.tomoe.distillation import distillation
+from methods.tomoe.training import Trainer
+from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
+
+TOKENS, WIDTH = 1024, 512
+PROPORTIONS = {"hidden_size": 128, "intermediate_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 16}
+PROPORTIONS |= {"vocab_size": 96, "max_position_embeddings": TOKENS, "pad_token_id": 0}
+"""Heads, embeddings and MLP stand to the hidden size about as in a model of 7B parameters."""
+KINDS: dict[str, dict[str, Any]] = {
+    "llama-mha": {"model_type": "llama"},
+    "llama-gqa": {"model_type": "llama", "num_key_value_heads": 4},
+    "phi": {"model_type": "phi"},
+}
+
+
+def real_proportions(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    kind = dict(KINDS[name])
+    config = AutoConfig.for_model(kind.pop("model_type"), **PROPORTIONS, **kind)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors made while it is on and not gone yet, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage._cdata)
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def cost(forward: Callable[[], Tensor]) -> tuple[int, int]:
+    """Bytes alive between the forward and the backward pass, and the most that was alive at any time."""
+    with Alive() as alive:
+        loss = forward()
+        between = alive.bytes
+        loss.backward()
+    return between, alive.peak
+
+
+def trainer(name: str, dtype: torch.dtype, folder: Path, noise: Literal["per_expert", "per_token"]) -> Trainer:
+    model, method = real_proportions(name, dtype), ToMoE(embedding=4, mask_noise=noise)
+    return Trainer(method, model, tokenizer(), Budget(ratio=0.6), SmallCalibration(), context(folder))
+
+
+IDS = torch.randint(96, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def plain(made: Trainer) -> Callable[[], Tensor]:
+    """The dense model, with a shift of its embeddings as the one trained tensor, so that gradients run through all."""
+    base, teacher_TD = made.model.base_model, made._hidden(IDS, None)
+    shift = torch.zeros(128, dtype=made.model.dtype, requires_grad=True)
+
+    def forward() -> Tensor:
+        out = base(inputs_embeds=made.decoder.embeddings[0](IDS) + shift, use_cache=False)
+        return distillation(out.last_hidden_state[0], teacher_TD, made.decoder.head)[0]
+
+    return forward
+
+
+def student(made: Trainer) -> Callable[[], Tensor]:
+    return lambda: made._terms(IDS, IDS, 0.6, 1.0).loss
+
+
+def extra(made: Trainer) -> tuple[float, float]:
+    """Memory of masked training beyond that of the plain model, over the plain model's activations."""
+    before, peak = cost(plain(made))
+    with made.masked.attached():
+        masked_before, masked_peak = cost(student(made))
+    return (masked_before - before) / before, (masked_peak - peak) / before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KINDS)
+def test_masks_need_little_memory_beside_the_activations(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    between, peak = extra(trainer(name, dtype, tmp_path, "per_expert"))
+    assert between < 0.05 and peak < 0.15
+
+
+def test_noise_per_token_doubles_the_activations(tmp_path: Path) -> None:
+    between, peak = extra(trainer("llama-gqa", torch.bfloat16, tmp_path, "per_token"))
+    assert 0.8 < between < 1.1 and 0.8 < peak < 1.1
+
+
+class Widest(TorchDispatchMode):
+    """The most rows of any fp32 tensor of the MLP's width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and WIDTH in tensor.shape:
+                self.rows = max(self.rows, tensor.numel() // WIDTH)
+        return out
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_of_the_mlp_is_in_full_precision_but_a_chunk_of_tokens(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(masking, "CHUNK", 192)
+    made = trainer(name, torch.bfloat16, tmp_path, "per_expert")
+    with made.masked.attached(), Widest() as forward:
+        loss = student(made)()
+    with Widest() as backward:
+        loss.backward()
+    assert forward.rows == made.settings.experts
+    assert backward.rows == 192
