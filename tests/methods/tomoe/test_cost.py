@@ -1,4 +1,7 @@
-"""What training costs in memory, by counting the bytes of every tensor that is alive; time is `selfcheck training`."""
+"""Memory and precision of training: bytes of all tensors alive, fp32 beside a bf16 model.
+
+Time is not for tests: `python -m benchmarks.selfcheck training`.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -14,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from methods.base import Budget
 from methods.tomoe import ToMoE, masking
 from methods.tomoe.distillation import distillation
+from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.training import Trainer
+from tests.methods.tiny import ONE_PER_FAMILY, tiny_model
 from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
 
 TOKENS, WIDTH = 1024, 512
@@ -139,3 +144,32 @@ def test_nothing_of_the_mlp_is_in_full_precision_but_a_chunk_of_tokens(name: str
         loss.backward()
     assert forward.rows == made.settings.experts
     assert backward.rows == 192
+
+
+def trained_in_bf16(name: str, folder: Path, **settings: Any) -> ToMoENetwork:
+    method, model = ToMoE(experts=3, embedding=4, **settings), tiny_model(name, dtype=torch.bfloat16)
+    where = context(folder, steps=3)
+    made = Trainer(method, model, tokenizer(), Budget(ratio=0.6, basis="block"), SmallCalibration(), where)
+    before = {name: parameter.detach().clone() for name, parameter in made.network.trained().items()}
+    made.run()
+    assert model.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in made.network.state_dict().values()} == {torch.float32}
+    still = {name for name, parameter in made.network.trained().items() if parameter.equal(before[name])}
+    assert still == ({name for name in before if "static" in name} if made.decoder.shape.qk_norm else set())
+    return made.network
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_a_bf16_model_trains_in_full_precision_with_and_without_recomputation(name: str, tmp_path: Path) -> None:
+    kept, recomputed = (
+        trained_in_bf16(name, tmp_path / str(checkpointing), checkpointing=checkpointing).state_dict()
+        for checkpointing in (False, True)
+    )
+    assert all(tensor.equal(recomputed[name]) for name, tensor in kept.items())
+
+
+def test_recomputation_holds_a_fraction_of_the_activations(tmp_path: Path) -> None:
+    made = trainer("llama-mha", torch.bfloat16, tmp_path, "per_token")
+    whole, peak = cost(plain(made))
+    with made.masked.attached(), made._recomputed():
+        assert cost(student(made))[0] < 0.25 * whole
