@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from benchmarks import checks, cli, executors, plan, preview
+from benchmarks import checks, cli, executors, launch, plan, preview
 from benchmarks.executors import Outcome
 from benchmarks.job import Job
 from benchmarks.progress import display
@@ -20,7 +20,11 @@ from methods.errors import UserError
 def main(argv: Sequence[str]) -> int:
     """Parse, plan, run, report; the exit status. What the user can mend is said in one paragraph."""
     try:
-        return run(argv)
+        if launch.is_helper():
+            return launch.help_out()
+        if (status := run(argv)) == 0:
+            launch.announce(None)
+        return status
     except UserError as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return 2
@@ -39,6 +43,7 @@ def run(argv: Sequence[str]) -> int:
     if arguments.plan:
         print(preview.table(jobs))
         return 0
+    launch.check(arguments.executor)
     checks.before_start(request, jobs, arguments.workers)
     # Planned again: the checks may have fetched what identifies the weights of a hub model.
     todo = [job for job in plan.jobs(request) if not job.finished()]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks import data, models, record, store
+from benchmarks import data, launch, models, record, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
-from methods.base import Context, Training
+from methods.base import Context, Progress, Silent, Training
 from methods.modeling.describe import describe, load_fractions
 from methods.modeling.footprint import Footprint, footprint
 
@@ -34,6 +34,7 @@ def make(job: Job, progress: Tracker) -> None:
     laps = Laps()
     model, tokenizer = load(models.resolve(job.model).prepare(), job)
     load_s, dense = laps.lap(), footprint(model)
+    launch.announce(job)
     calibration = _calibration(job, tokenizer)
     model = _compress(job, model, tokenizer, calibration, progress)
     compress_s = laps.lap()
@@ -48,6 +49,12 @@ def make(job: Job, progress: Tracker) -> None:
         }
         store.write_json(record.measured_file(partial), measured)
         store.write_json(job.folder / "structure.json", _structure(model, calibration))
+
+
+def assist(job: Job) -> None:
+    """The part of `make` in which the processes of a launch work together; the result is the main process's to keep."""
+    model, tokenizer = load(models.resolve(job.model).prepare(), job)
+    _compress(job, model, tokenizer, _calibration(job, tokenizer), Silent())
 
 
 @contextmanager
@@ -89,7 +96,7 @@ def _compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     calibration: data.TokenCalibration | None,
-    progress: Tracker,
+    progress: Progress,
 ) -> PreTrainedModel:
     """The compressed model; without calibration the dense one."""
     if calibration is None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 
-from benchmarks import record, store
+from benchmarks import launch, record, store
 from benchmarks.job import Job
 from benchmarks.progress import Event, Show, Tracker, prefixed
 from methods.errors import UserError
@@ -44,7 +44,7 @@ def _inline(jobs: list[Job], workers: int, fail_fast: bool, show: Show) -> Itera
         with open(job.log, "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             error = cell.run(job, Tracker(prefixed(show, job.label)))
         yield Outcome(job, error)
-        if error and fail_fast:
+        if error and (fail_fast or launch.processes() > 1):
             return
 
 

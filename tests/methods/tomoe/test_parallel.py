@@ -22,9 +22,11 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks import store
 from methods.base import Budget
 from methods.tomoe import ToMoE, training
 from methods.tomoe.training import Trainer
+from tests.benchmarks.small_run import arguments, make_model, make_text
 from tests.methods.tiny import tiny_model
 from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
 
@@ -115,13 +117,18 @@ def main(folder: Path) -> None:
     PartialState().destroy_process_group()
 
 
+def launched(*command: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a Python program."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their results."""
     folder = tmp_path_factory.mktemp("parallel")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", __name__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = launched("-m", __name__, str(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -187,6 +194,22 @@ def test_a_bad_loss_in_one_process_skips_the_step_in_all(folder: Path) -> None:
     assert [int(result["skipped"]) for result in results] == [1, 1]
     assert all(tensor.isfinite().all() for tensor in network_of(results[0]).values())
     assert not same(results[0], both(folder, "whole")[0])
+
+
+def tomoe_run(folder: Path, *more: str) -> list[str]:
+    """A command line that trains two cells for two steps."""
+    method = ["--methods", "tomoe", "--ratios", "0.7", "0.6", "--ratio-basis", "block", "--set", "tomoe.steps=2"]
+    return ["run_all.py", *arguments(folder, *method, "--set", "tomoe.experts=2", *more)]
+
+
+def test_a_launched_run_leaves_one_record_per_cell_of_what_all_processes_trained(tmp_path: Path) -> None:
+    make_model(tmp_path / "model"), make_text(tmp_path / "text.txt")
+    done = launched(*tomoe_run(tmp_path))
+    assert done.returncode == 0, done.stderr
+    made = list(store.records(tmp_path / "out"))
+    assert [record["status"] for record in made] == ["done", "done"]
+    for path in (tmp_path / "out").rglob("training.csv"):
+        assert len(path.read_text().splitlines()) == 3
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""One run in several processes (torchrun, `accelerate launch`): the main one does everything, the others help compress.
+
+    accelerate launch --multi_gpu --num_processes 4 run_all.py --methods tomoe --ratios 0.6 --executor inline
+    torchrun --nproc_per_node 2 run_all.py --methods tomoe --ratios 0.6 --executor inline      # on processors
+
+Helpers plan nothing and write nothing. They wait for the job that the main process is about to compress, run the same
+`compress` (a method that trains meets the other processes there), drop the result and wait again. After a failure of
+one process nobody knows what the others wait for, so the run ends and the launcher stops the rest.
+"""
+
+import os
+from contextlib import suppress
+from datetime import timedelta
+
+from benchmarks.job import Job
+from methods.errors import UserError
+
+PATIENCE = timedelta(days=30)
+"""How long helpers wait while the main process evaluates."""
+
+
+def processes() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
+def is_helper() -> bool:
+    """Whether this process is not the main one."""
+    return processes() > 1 and os.environ["RANK"] != "0"
+
+
+def check(executor: str) -> None:
+    """Raises UserError where cells would run in processes that the launcher does not know."""
+    if processes() > 1 and executor != "inline":
+        raise UserError(
+            f"{processes()} processes were launched for one run, and that works with --executor inline only. "
+            "Add it, or start run_all.py without a launcher."
+        )
+
+
+def announce(job: Job | None) -> None:
+    """Have the helpers take part in compressing a job; None lets them end."""
+    if processes() > 1:
+        _from_main(job and job.to_json())
+
+
+def help_out() -> int:
+    """Take part in whatever the main process announces; the exit status."""
+    from benchmarks import checkpoint
+
+    while text := _from_main(None):
+        with suppress(UserError):  # all processes meet it alike, and the main one reports it
+            checkpoint.assist(Job.from_json(text))
+    return 0
+
+
+def _from_main(text: str | None) -> str | None:
+    """What the main process passes here, in every process."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(timeout=PATIENCE)
+    return broadcast_object_list([text])[0]
