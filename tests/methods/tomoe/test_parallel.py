@@ -206,10 +206,10 @@ def test_a_launched_run_leaves_one_record_per_cell_of_what_all_processes_trained
     make_model(tmp_path / "model"), make_text(tmp_path / "text.txt")
     done = launched(*tomoe_run(tmp_path))
     assert done.returncode == 0, done.stderr
-    made = list(store.records(tmp_path / "out"))
-    assert [record["status"] for record in made] == ["done", "done"]
-    for path in (tmp_path / "out").rglob("training.csv"):
-        assert len(path.read_text().splitlines()) == 3
+    made = [(record["cell"]["method"], record["status"]) for record in store.records(tmp_path / "out")]
+    assert made == [("dense", "done"), ("tomoe", "done"), ("tomoe", "done")]
+    rows = [len(path.read_text().splitlines()) for path in (tmp_path / "out").rglob("training.csv")]
+    assert rows == [3, 3]
 
 
 if __name__ == "__main__":
