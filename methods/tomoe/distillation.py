@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from methods.tomoe.precision import full_precision
 
 CHUNK = 256
 """Tokens whose logits are held at a time."""
-Pull = Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]]
-"""From student log-probabilities [t, V] of some tokens: summed loss, summed reference value, d loss / d logits."""
+Rooms = tuple[Tensor, Tensor, Tensor]
+"""Tensors [t, V] for some tokens, to be written to: making new ones takes longer than filling them, on a CPU."""
+Pull = Callable[[Rooms, slice], tuple[Tensor, Tensor, Tensor]]
+"""From student log-probabilities of some tokens, in the first room: summed loss, summed reference value, and
+d loss / d logits, which may be in any room."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -28,11 +32,13 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, head: nn.Linear, pull: Pull) -> tuple[Tensor, Tensor]:
         loss = reference = torch.zeros((), device=h_TD.device)
+        whole = full_precision(h_TD[:0]).new_empty(3, min(CHUNK, len(h_TD)), head.out_features)
         grads = []
         for start in range(0, len(h_TD), CHUNK):
             tokens = slice(start, start + CHUNK)
-            log_p_tV = log_probabilities(h_TD[tokens], head)
-            value, compared, grad_tV = pull(log_p_tV, tokens)
+            log_p_tV, logits_tV, spare_tV = whole[:, : len(h_TD[tokens])]
+            log_probabilities(h_TD[tokens], head, logits_tV, log_p_tV)
+            value, compared, grad_tV = pull((log_p_tV, logits_tV, spare_tV), tokens)
             loss, reference = loss + value, reference + compared
             grads.append(grad_tV.to(h_TD.dtype) @ head.weight / len(h_TD))
         ctx.save_for_backward(torch.cat(grads))
@@ -46,13 +52,19 @@ class _HeadLoss(torch.autograd.Function):
         return grad_TD * grad.to(grad_TD.dtype), None, None
 
 
-def log_probabilities(h_tD: Tensor, head: nn.Linear) -> Tensor:
-    """Log-probabilities of the next token, [t, V] in fp32."""
-    return linear(h_tD, head.weight, head.bias).float().log_softmax(-1)
+def log_probabilities(h_tD: Tensor, head: nn.Linear, logits_tV: Tensor, out_tV: Tensor) -> None:
+    """Write logits of the next token, and their logarithmic softmax."""
+    if head.weight.dtype == logits_tV.dtype:
+        torch.mm(h_tD, head.weight.T, out=logits_tV)
+        if head.bias is not None:
+            logits_tV += head.bias
+    else:
+        logits_tV.copy_(head(h_tD))
+    torch.log_softmax(logits_tV, -1, out=out_tV)
 
 
 def product_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of x * y without a tensor of the products, which would take longer to allocate than to fill."""
+    """Sum of x * y without a tensor of the products."""
     return x.flatten() @ y.flatten()
 
 
@@ -64,9 +76,10 @@ def distillation(student_TD: Tensor, teacher_TD: Tensor, head: nn.Linear) -> tup
         teacher_TD: those of the dense model.
     """
 
-    def pull(log_p_tV: Tensor, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-        log_q_tV = log_probabilities(teacher_TD[tokens], head)
-        q_tV = log_q_tV.exp()
+    def pull(rooms: Rooms, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+        log_p_tV, q_tV, log_q_tV = rooms
+        log_probabilities(teacher_TD[tokens], head, q_tV, log_q_tV)
+        torch.exp(log_q_tV, out=q_tV)
         entropy = -product_sum(q_tV, log_q_tV)
         return -product_sum(q_tV, log_p_tV) - entropy, entropy, log_p_tV.exp_().sub_(q_tV)
 
@@ -76,13 +89,10 @@ def distillation(student_TD: Tensor, teacher_TD: Tensor, head: nn.Linear) -> tup
 def next_token(student_TD: Tensor, targets_T: Tensor, head: nn.Linear) -> Tensor:
     """Mean cross-entropy (nats) with the next token: the ablation of distillation."""
 
-    def pull(log_p_tV: Tensor, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-        target_t1 = targets_T[tokens, None]
+    def pull(rooms: Rooms, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+        log_p_tV, target_t1 = rooms[0], targets_T[tokens, None]
         loss = -log_p_tV.gather(1, target_t1).sum()
-        return (
-            loss,
-            torch.zeros_like(loss),
-            log_p_tV.exp_().scatter_add_(1, target_t1, -torch.ones_like(target_t1).float()),
-        )
+        grad_tV = log_p_tV.exp_().scatter_add_(1, target_t1, -torch.ones_like(target_t1, dtype=log_p_tV.dtype))
+        return loss, torch.zeros_like(loss), grad_tV
 
     return _HeadLoss.apply(student_TD, head, pull)[0]  # pyright: ignore[reportOptionalSubscript]
