@@ -44,8 +44,8 @@ def both(name: str, dtype: torch.dtype = torch.float64, **rule: Any) -> PreTrain
 def test_choices_by_the_rules(kept: int, rows: list[list[int]]) -> None:
     """Ties included: the scores are small integers."""
     scores = torch.tensor(rows, dtype=torch.float32)[None]
-    exact = choose(scores, kept, modeling.ValueRule()).mask(8)[0].tolist()
-    cap = choose(scores, kept, modeling.ValueRule(rule="cap", threshold=0.0)).mask(8)[0].tolist()
+    exact = choose(scores, kept, modeling.ValueRule()).mask_BTv[0].tolist()
+    cap = choose(scores, kept, modeling.ValueRule(rule="cap", threshold=0.0)).mask_BTv[0].tolist()
     for row, exact_row, cap_row in zip(rows, exact, cap, strict=True):
         ranked = sorted(range(8), key=lambda i: (-row[i], i))[:kept]
         assert exact_row == [float(i in ranked) for i in range(8)]

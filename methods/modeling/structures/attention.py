@@ -120,7 +120,7 @@ class ReshapedAttention(nn.Module):
         """Rotate the first r dimensions; cos and sin are [B, T, every rotated dimension of the dense head]."""
         r = self.rotary_width
         if self.qk_index is not None:
-            cos, sin = cos[..., self.qk_index[:r]], sin[..., self.qk_index[:r]]
+            cos, sin = cos.index_select(-1, self.qk_index[:r]), sin.index_select(-1, self.qk_index[:r])
         if r == self.qk_width:
             return apply_rotary_pos_emb(query, key, cos, sin)
         turned = apply_rotary_pos_emb(query[..., :r], key[..., :r], cos, sin)
@@ -144,7 +144,7 @@ class ReshapedAttention(nn.Module):
 
 def _split(x: Tensor, width: int) -> Tensor:
     """The last axis as heads of a width: [B, T, H width] to [B, T, H, width]."""
-    return x.unflatten(-1, (-1, width))
+    return x.view(*x.shape[:-1], -1, width)
 
 
 Kind = TypeVar("Kind", bound=ReshapedAttention)

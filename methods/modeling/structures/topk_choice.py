@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from functools import cached_property
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +62,21 @@ class ValueSelector(nn.Module):
         return self.score(nn.functional.gelu(self.norm(self.project(x_BTD))))
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """What the tokens of one forward pass chose."""
 
     index_BTK: Tensor
     """The K best dimensions of every token, ascending."""
     kept_BTK: Tensor
     """1 where such a dimension is kept and 0 where `cap` drops it, in the dtype of the model."""
+    width: int
+    """v."""
 
-    def mask(self, width: int) -> Tensor:
-        """1 on kept dimensions and 0 elsewhere, shape [B, T, v]."""
-        zeros = self.kept_BTK.new_zeros(*self.kept_BTK.shape[:-1], width)
+    @cached_property
+    def mask_BTv(self) -> Tensor:
+        """1 on kept dimensions and 0 elsewhere."""
+        zeros = self.kept_BTK.new_zeros(*self.kept_BTK.shape[:-1], self.width)
         return zeros.scatter(-1, self.index_BTK, self.kept_BTK)
 
 
@@ -80,6 +85,6 @@ def choose(scores_BTv: Tensor, kept: int, rule: ValueRule) -> Choice:
     ranked = scores_BTv.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     index = ranked.sort(-1).values
     if rule.rule == "exact":
-        return Choice(index, torch.ones_like(index, dtype=scores_BTv.dtype))
+        return Choice(index, torch.ones_like(index, dtype=scores_BTv.dtype), scores_BTv.shape[-1])
     above = scores_BTv.gather(-1, index) > rule.threshold
-    return Choice(index, (above | (index == ranked[..., :1])).to(scores_BTv.dtype))
+    return Choice(index, (above | (index == ranked[..., :1])).to(scores_BTv.dtype), scores_BTv.shape[-1])

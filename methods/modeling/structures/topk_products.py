@@ -2,11 +2,12 @@
 
 Gathering rows before multiplying would write and read them once more than needed. Torch has two kernels that take an
 index: `sampled_addmm` forms those dot products that a sparsity pattern asks for, and `embedding_bag` sums rows with
-weights. Half of the rows against the whole product, fp32, fastest of 60 to 100 runs on two shared cores:
+weights. Half of the rows against the whole product, fp32, weights from memory, one thread, medians:
 
-    d = 4096, 32 heads of 128     values and outputs 0.65 of the time with two threads, 0.75 to 0.95 with one
-    d = 4096, 8 value heads       0.95 with one thread
-    d = 576, 9 heads of 64        0.8 to 1.3
+    d = 4096, 32 heads of 128     values 0.75, outputs 0.94
+    d = 2048, 32 heads of 64      values 0.76, outputs 0.81
+    d = 1024, 16 heads of 64      values 0.81, outputs 0.82
+    d = 576, 9 heads of 64        values 0.85, outputs 0.76, and working out which rows takes as long as that saves
 
 hence `SMALLEST`. Two tokens read a half each; in bf16 the one kernel is missing, and weights laid out for the other are
 slow to multiply whole. There the products stay whole.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-SMALLEST = 1 << 24
+SMALLEST = 1 << 20
 """Weights with fewer elements are multiplied whole."""
 BAGS = 8
 """Parts of a sum of rows, for threads to share; fixed, so that rounding does not depend on their number."""

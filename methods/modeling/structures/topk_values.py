@@ -52,7 +52,7 @@ class TopKAttention(ReshapedAttention):
             return super().read_values(x_BTD, choice)
         if self._alone(x_BTD) and reads_rows(self.value):
             return self._read_chosen(x_BTD[0], choice)
-        return super().read_values(x_BTD, choice) * choice.mask(self.vo_width)[:, None]
+        return super().read_values(x_BTD, choice) * choice.mask_BTv[:, None]
 
     def pack(self, value_BJTv: Tensor, choice: Choice) -> Tensor:
         """Values in the form in which they are cached."""
@@ -72,7 +72,7 @@ class TopKAttention(ReshapedAttention):
             lay_out(self.output)  # for one token and for many, so that a prompt has the same logits before and after
             if self._alone(attended_BTHv):
                 return self._write_chosen(attended_BTHv[0, 0], choice)
-        return super().write_output(attended_BTHv * choice.mask(self.vo_width)[:, :, None], choice)
+        return super().write_output(attended_BTHv * choice.mask_BTv[:, :, None], choice)
 
     def idle_parameters(self) -> int:
         """Elements of the value and output projections that one token does not use."""
