@@ -8,6 +8,7 @@ only way a compressed model comes into being, so that what was saved is what loa
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -18,7 +19,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
-from transformers.initialization import no_init_weights
 
 from methods.errors import unknown
 from methods.modeling.config import (
@@ -113,17 +113,20 @@ for _model in MODELS:
 def rebuild(model: PreTrainedModel, structures: dict[str, dict[str, Any]], **changes: Any) -> PreTrainedModel:
     """A model of the right compressed class around the tensors of `model`, whose modules already have their new shapes.
 
-    Nothing is copied: the tensors move over.
+    Nothing is copied: the tensors move over, and no memory is taken for those they replace.
 
     Args:
         structures: the shape records to add.
         changes: config keys to change, for example `tie_word_embeddings=False`.
     """
     config = compressed_config(model.config, structures, **changes)
-    with no_init_weights():
+    with torch.device("meta"):
         attention = model.config._attn_implementation
         built = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
     built.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # those that no state dict has too, such as rotary frequencies
+        module, _, leaf = name.rpartition(".")
+        setattr(built.get_submodule(module), leaf, buffer)
     built.tie_weights()
     built.generation_config = model.generation_config
     return built.to(model.device).eval()

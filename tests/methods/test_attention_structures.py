@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations import flash_attention
 
 from methods import modeling
 from methods.errors import UserError
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
 from methods.modeling.structures.attention import ReshapedAttention, reshape_attention
-from tests.methods.tiny import CONFIGS, logits, some_ids, tiny_model
+from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, logits, some_ids, tiny_model
 
 SMALL = {"num_hidden_layers": 2}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -131,6 +132,35 @@ def test_narrow_queries_equal_masking_after_the_rotation(name: str) -> None:
     modeling.narrow_qk(layer, shape, kept)
     actual = layer.attention(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)  # the stock angles are rounded to fp32
+
+
+def one_width_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: object, softmax_scale: float, **__: object
+) -> Tensor:
+    """Flash attention as far as shapes go, [B, T, heads, width]: all three of one width."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    future = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1)
+    scores = torch.einsum("bthw,bshw->bhts", q, k).mul(softmax_scale).masked_fill(future, -math.inf)
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("narrow_values", [False, True])
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_flash_kernels_get_one_width(name: str, narrow_values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries narrower than values are padded here, values narrower than queries by transformers."""
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", one_width_kernel)
+    model = tiny_model(name)
+    shape = modeling.Decoder(model).shape
+    for layer in layers_of(model):
+        if narrow_values or name == "qwen3":
+            modeling.narrow_vo(layer, shape, range(3))
+        else:
+            modeling.narrow_qk(layer, shape, [dim for group in shape.rope_groups[:2] for dim in group])
+    expected = logits(model)
+    model.config._attn_implementation = "flash_attention_2"  # set_attn_implementation would want the package
+    torch.testing.assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

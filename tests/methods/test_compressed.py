@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from methods import modeling
@@ -18,6 +21,7 @@ from methods.modeling.footprint import footprint
 from methods.modeling.record import structures_of
 from methods.modeling.shape import DecoderShape
 from methods.slicegpt import SliceGPT
+from tests.methods.test_narrow_mlp import RECORD, narrowed
 from tests.methods.test_shortgpt import silence
 from tests.methods.tiny import (
     CONFIGS,
@@ -102,6 +106,32 @@ def test_a_sliced_model_is_not_taken_for_a_dense_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"compressed already \(rotated_residual\)"):
         _ = modeling.Decoder(model).shape
     assert DecoderShape.from_config(modeling.keep_layers(tiny_model("opt"), [0, 1]).config.to_dict()).layers == 2
+
+
+class Made(TorchDispatchMode):
+    """Collects the tensors that operations give while it is open, those without memory left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.tensors += [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+        return out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rebuilding_takes_no_memory_and_changes_nothing(name: str) -> None:
+    model = narrowed(name, torch.float32)
+    expected, state = logits(model), torch.random.get_rng_state()
+    given = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    with Made() as made:
+        built = modeling.rebuild(model, RECORD)
+    assert {tensor.data_ptr() for tensor in made.tensors} <= given
+    assert {tensor.data_ptr() for tensor in (*built.parameters(), *built.buffers())} == given
+    assert logits(built).equal(expected)
+    assert torch.random.get_rng_state().equal(state)
 
 
 def test_an_unknown_structure_is_refused(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.generic import is_flash_attention_requested
 
 from methods.modeling.decoder import DecoderLayer
 from methods.modeling.families import Family
@@ -127,6 +129,9 @@ class ReshapedAttention(nn.Module):
         return torch.cat((turned[0], query[..., r:]), -1), torch.cat((turned[1], key[..., r:]), -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        short = value.shape[-1] - query.shape[-1]
+        if short > 0 and is_flash_attention_requested(self.config):  # its kernels have one width; zeros add nothing
+            query, key = pad(query, (0, short)), pad(key, (0, short))
         name = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         return attend(
