@@ -8,6 +8,7 @@ Finished cells are skipped: the same command goes on after a crash. `python -m r
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from benchmarks import checks, cli, executors, launch, plan, preview
@@ -20,9 +21,13 @@ from methods.errors import UserError
 def main(argv: Sequence[str]) -> int:
     """Parse, plan, run, report; the exit status. What the user can mend is said in one paragraph."""
     try:
+        arguments = cli.parser().parse_args(argv)
+        if arguments.offline:
+            os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        arguments.device = launch.own_device(arguments.device)
         if launch.is_helper():
-            return launch.help_out()
-        if (status := run(argv)) == 0:
+            return launch.help_out(arguments.device)
+        if (status := run(arguments, argv)) == 0:
             launch.announce(None)
         return status
     except UserError as error:
@@ -30,15 +35,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def run(argv: Sequence[str]) -> int:
+def run(arguments: Namespace, argv: Sequence[str]) -> int:
     """As `main`, but a request that is not possible raises `UserError`."""
-    arguments = cli.parser().parse_args(argv)
     if arguments.list:
         print("\n".join(cli.LISTS[arguments.list]()))
         return 0
     request = cli.request(arguments, argv)
-    if request.offline:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     jobs = plan.jobs(request)
     if arguments.plan:
         print(preview.table(jobs))

@@ -1,17 +1,21 @@
 """One run in several processes (torchrun, `accelerate launch`): the main one does everything, the others help compress.
 
     accelerate launch --multi_gpu --num_processes 4 run_all.py --methods tomoe --ratios 0.6 --executor inline
-    torchrun --nproc_per_node 2 run_all.py --methods tomoe --ratios 0.6 --executor inline      # on processors
+    torchrun --nproc_per_node 2 run_all.py --methods tomoe --ratios 0.6 --executor inline --device cpu
 
-Helpers plan nothing and write nothing. They wait for the job that the main process is about to compress, run the same
-`compress` (a method that trains meets the other processes there), drop the result and wait again. After a failure of
-one process nobody knows what the others wait for, so the run ends and the launcher stops the rest.
+Each process computes on a device of its own: on cuda the one with its number. Helpers plan nothing and write nothing.
+They wait for the job that the main process is about to compress, run the same `compress` (a method that trains meets
+the other processes there), drop the result and wait again. After a failure of one process nobody knows what the others
+wait for, so the run ends and the launcher stops the rest.
 """
 
+import math
 import os
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 
+from benchmarks import plan
 from benchmarks.job import Job
 from methods.errors import UserError
 
@@ -38,26 +42,49 @@ def check(executor: str) -> None:
         )
 
 
+def own_device(device: str) -> str:
+    """Meet the other processes; the device that this one takes of the asked one. Without a launcher that itself.
+
+    Raises:
+        UserError: there is none for this process.
+    """
+    if processes() == 1:
+        return device
+    import torch
+    from accelerate import PartialState
+
+    device = plan.device_of(device)
+    count = {"cpu": math.inf, "cuda": torch.cuda.device_count()}.get(device, 0)
+    if int(os.environ["LOCAL_RANK"]) >= count:
+        raise UserError(
+            f"--device {device}: {processes()} processes were launched, each takes a device of its own, and of these "
+            f"there are {count}. Launch fewer processes, or type --device cuda or --device cpu."
+        )
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    return device if device == "cpu" else str(state.device)
+
+
 def announce(job: Job | None) -> None:
     """Have the helpers take part in compressing a job; None lets them end."""
     if processes() > 1:
         _from_main(job and job.to_json())
 
 
-def help_out() -> int:
-    """Take part in whatever the main process announces; the exit status."""
+def help_out(device: str) -> int:
+    """Take part, on some device, in whatever the main process announces; the exit status."""
+    from transformers.utils import logging
+
     from benchmarks import checkpoint
 
+    logging.disable_progress_bar()
     while text := _from_main(None):
         with suppress(UserError):  # all processes meet it alike, and the main one reports it
-            checkpoint.assist(Job.from_json(text))
+            checkpoint.assist(replace(Job.from_json(text), device=device))
     return 0
 
 
 def _from_main(text: str | None) -> str | None:
     """What the main process passes here, in every process."""
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(timeout=PATIENCE)
     return broadcast_object_list([text])[0]

@@ -62,11 +62,6 @@ class Added:
         return router + self.embedding * (shape.hidden + 1 + 2 + shape.head_dim)
 
 
-def published_added(shape: DecoderShape, experts: int, embedding: int) -> int:
-    """The paper's formula, which leaves out LayerNorms and biases: L (d e + e h + d N)."""
-    return shape.layers * (shape.hidden * embedding + embedding * shape.head_dim + shape.hidden * experts)
-
-
 def keep_fraction(shape: DecoderShape, budget: Budget, added: int = 0) -> float:
     """p, the fraction of T_total to keep so that the whole meets the budget; negative where it cannot."""
     dense, total = budget.dense(shape), prunable(shape)

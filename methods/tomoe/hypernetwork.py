@@ -9,6 +9,9 @@ Departs from the released code: z stays fixed. There a later loop makes it train
 
 # Shape suffixes: S sites (2L), N experts, E embedding width.
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -28,4 +31,15 @@ class HyperNetwork(nn.Module):
 
     def forward(self) -> Tensor:
         """Embeddings [S, N, E]: forward and backward states side by side, each starting at 0."""
-        return self.gru(self.z_SNI)[0]
+        with without_cudnn():
+            return self.gru(self.z_SNI)[0]
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """While open, and in the backward pass of what runs meanwhile, fp32 is fp32: cuDNN's GRU would round to TF32."""
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before

@@ -15,11 +15,14 @@ NAME = "training.csv"
 
 
 class StepLog:
-    """Writes rows to FOLDER/training.csv; no folder, no log. A resumed run drops the rows of steps it repeats."""
+    """Writes rows to FOLDER/training.csv; no folder, no log. A resumed run drops the rows of steps it repeats.
+
+    Counts are written whole, other numbers with nine digits, which give a float32 back.
+    """
 
     def __init__(self, folder: Path | None, start: int, tensorboard: bool) -> None:
         self._folder, self._start = folder, start
-        self._board = _board(folder) if folder and tensorboard else None
+        self._board = _board(folder, start) if folder and tensorboard else None
         self._file: Any = None
         self._last = time.perf_counter()
 
@@ -39,25 +42,27 @@ class StepLog:
                 target.close()
 
     def write(self, row: dict[str, float]) -> None:
-        """One step. Adds the memory used at most so far, and the seconds since the last step."""
+        """One step: its number, its tokens in all processes, and more. Adds the memory used at most so far, the seconds
+        since the last step, and tokens per second."""
         now = time.perf_counter()
-        row = row | {"peak_bytes": _peak_bytes(), "seconds": now - self._last}
-        self._last = now
+        seconds, self._last = now - self._last, now
+        row = row | {"peak_bytes": _peak_bytes(), "seconds": seconds}
+        row["tokens_per_second"] = row["batch_tokens"] / seconds
         if self._file:
             if not self._has_header:
                 self._writer.writerow(row)
                 self._has_header = True
-            self._writer.writerow(f"{value:.6g}" for value in row.values())
+            self._writer.writerow(value if isinstance(value, int) else f"{value:.9g}" for value in row.values())
             self._file.flush()
         if self._board:
             for name, value in row.items():
                 self._board.add_scalar(name, value, int(row["step"]))
 
 
-def _peak_bytes() -> float:
+def _peak_bytes() -> int:
     if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _rows_before(path: Path, start: int) -> list[list[str]]:
@@ -65,11 +70,11 @@ def _rows_before(path: Path, start: int) -> list[list[str]]:
     if start == 0 or not path.exists():
         return []
     with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    return [header, *(row for row in rows if len(row) == len(header) and int(row[0]) < start)]
+        rows = [row for row in csv.reader(file) if row]
+    return [*rows[:1], *(row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) < start)]
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -77,4 +82,4 @@ def _board(folder: Path) -> Any:
             "tomoe.tensorboard needs the package tensorboard. Type pip install tensorboard, or leave it out: "
             "training.csv has the same numbers."
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=start)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from methods.base import Budget, Calibration, Context, Method, Prediction
 from methods.errors import UserError
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
-from methods.tomoe.accounting import Added, keep_fraction, prunable
+from methods.tomoe.accounting import Added, Kept, keep_fraction, layer_weights, prunable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +29,23 @@ LIMITS = (
     ("beta", 0, 1e6),
     ("gamma", 0, 1e6),
     ("last_noise", 0.01, 1.0),
+    ("width_multiple", 1, 4096),
 )
 """Least and largest value of each number; neither infinity nor a number that is none is between."""
+VALUES = ("vo_count", "topk", "kept_values", "attention_union")
+"""Settings of how tokens choose their value dimensions."""
+IDLE: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({"head_pruning": True}, ("vo_routing", "vo_mask", *VALUES)),
+    ({"vo_routing": False}, VALUES),
+    ({"experts": 1}, ("router_rate", "load_balance", "union")),
+    ({"experts": 1, "vo_routing": False}, ("beta", "inference_noise")),
+    ({"experts": 1, "head_pruning": True}, ("beta", "inference_noise")),
+    ({"experts": 1, "attention_union": False}, ("beta",)),
+    ({"loss": "lm"}, ("kd_weight",)),
+    ({"beta": 0}, ("union", "attention_union")),
+    ({"gamma": 0}, ("load_balance",)),
+)
+"""Beside settings of some values, others have no effect."""
 LEAST = 0.02
 """Smallest p that is worth a try."""
 PAPER = {
@@ -62,6 +77,8 @@ PAPER = {
     "vo_count": "max",
     "topk": "exact",
     "kept_values": "mean",
+    "expert_width": "expected",
+    "width_multiple": 1,
     "inference_noise": False,
     "checkpointing": True,
 }
@@ -76,6 +93,7 @@ RELEASED = PAPER | {
     "vo_mask": "v_only",
     "topk": "cap",
     "kept_values": "max",
+    "expert_width": "sampled",
     "inference_noise": True,
 }
 """What the authors' code does, as far as docs/TOMOE.md says."""
@@ -145,6 +163,10 @@ class ToMoE(Method):
     """A converted token keeps exactly K value dimensions, or those above the threshold and at most K."""
     kept_values: Literal["mean", "max"] = "mean"
     """K is the mean token's number of value dimensions on the calibration text, or the widest token's."""
+    expert_width: Literal["expected", "threshold", "sampled"] = "expected"
+    """Experts are as wide as the widest is under noise on average, without noise, or in one draw of it."""
+    width_multiple: int = 1
+    """Round that width up to a multiple, for matrix kernels; what is added counts, so others become narrower."""
     inference_noise: bool = False
     """Keep drawing noise in the converted model's routers and value choices."""
     checkpointing: bool = False
@@ -160,6 +182,21 @@ class ToMoE(Method):
                     f"tomoe.{name} is {value:g}, which is not between {low:g} and {high:g}. "
                     f"Use --set tomoe.{name}=VALUE."
                 )
+        for causes, idle in IDLE:
+            if all(getattr(self, name) == value for name, value in causes.items()):
+                self._refuse(causes, self._changed & set(idle))
+
+    @property
+    def _changed(self) -> set[str]:
+        """What was set: the settings unlike those of the defaults or of the preset, whichever is nearest."""
+        bases = [{field.name: field.default for field in fields(self)}, *self.presets.values()]
+        return min(({name for name in base if getattr(self, name) != base[name]} for base in bases), key=len)
+
+    def _refuse(self, causes: dict[str, Any], idle: set[str]) -> None:
+        """Raises UserError if anything is idle."""
+        for name in sorted(idle):
+            value, *beside = (f"tomoe.{key}={str(getattr(self, key)).lower()}" for key in (name, *causes))
+            raise UserError(f"{value} has no effect beside {' and '.join(beside)}. Leave one of them out of --set.")
 
     @property
     def dynamic_values(self) -> bool:
@@ -189,22 +226,25 @@ class ToMoE(Method):
             UserError: nothing may stay.
         """
         p = keep_fraction(shape, budget, shape.layers * self.added(shape).count(shape))
-        if p < LEAST:
-            least = budget.ratio + (LEAST - p) * prunable(shape) / budget.dense(shape) + 0.005
+        unasked = Kept(0, 0, 0, min(self.width_multiple, shape.mlp_width) - 1)  # neurons that come with the first
+        fewest = LEAST + shape.layers * layer_weights(unasked, shape) / prunable(shape)
+        if p < fewest:
+            least = budget.ratio + (fewest - p) * prunable(shape) / budget.dense(shape) + 0.005
             raise UserError(
                 f"ratio {budget.ratio:g} leaves tomoe only {p:.3f} of the weights it chooses from, too few for an "
-                f"expert and a query of any use: the least is {LEAST}. "
+                f"expert and a query of any use: the least is {fewest:.3g}. "
                 f"Use --ratios {least:.2f} or more."
             )
         return p
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction:
-        """Widths go in single neurons: the size asked for."""
+        """The size asked for, or at most one step of a layer's width below."""
         if budget.ratio == 1:
             return Prediction(active_total=shape.total, active_block=shape.block)
         self.target(shape, budget)
         gone = round((1 - budget.ratio) * budget.dense(shape))
-        return Prediction(active_total=shape.total - gone, active_block=shape.block - gone)
+        step = layer_weights(Kept(0, 0, 0, self.width_multiple), shape) / budget.dense(shape)
+        return Prediction(active_total=shape.total - gone, active_block=shape.block - gone, grid_step=step)
 
     def compress(
         self,

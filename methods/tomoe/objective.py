@@ -126,8 +126,8 @@ class Terms:
     loss: Tensor
     language: Tensor
     """KD, or the next-token loss of the ablation."""
-    entropy: Tensor
-    """Of the teacher; language + entropy is the released code's distillation loss."""
+    entropy: Tensor | None
+    """Of the teacher, None without one; language + entropy is the released code's distillation loss."""
     r_p: Tensor
     r_u: Tensor
     r_l: Tensor
@@ -142,10 +142,12 @@ class Terms:
 
     def row(self) -> dict[str, float]:
         """The numbers, by column."""
+        language = {"lm": self.language}
+        if self.entropy is not None:
+            language = {"kd": self.language, "kd_cross_entropy": self.language + self.entropy}
         columns: dict[str, Any] = {
             "loss": self.loss,
-            "kd": self.language,
-            "kd_cross_entropy": self.language + self.entropy,
+            **language,
             "r_p": self.r_p,
             "r_u": self.r_u,
             "r_l": torch.stack([b.paper for b in self.balances]).mean(),
@@ -167,7 +169,7 @@ def terms(
     logits: Sequence[Tensor],
     p: float,
     language: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     noise: float = 1.0,
 ) -> Terms:
     """The whole objective of one step.

@@ -101,9 +101,10 @@ def logits_of(energy: Tensor, p: float) -> Tensor:
 
 def least_squares(features: Tensor, targets: Tensor) -> Tensor:
     """The weight W [n, E] with features W^T ~ targets, for [rows, E] and [rows, n]: least squares with a ridge."""
-    gram = features.T.double() @ features.double()
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + ridge, features.T.double() @ targets.double()).T.to(features.dtype)
+    x, y = features.cpu().double(), targets.cpu().double()  # small; not every device has float64
+    gram = x.T @ x
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + ridge, x.T @ y).T.to(features)
 
 
 def highest(scores_NM: Tensor, width: int) -> Tensor:

@@ -10,7 +10,6 @@ averaged explicitly: the trained modules run inside the frozen model, where no w
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +19,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, reduce
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.base import Budget, Calibration, Context
 from methods.errors import UserError
+from methods.modeling.content import Dense
 from methods.modeling.decoder import Decoder
 from methods.modeling.shape import DecoderShape
 from methods.tomoe import objective
@@ -134,7 +134,7 @@ class Trainer:
         self.optimizer = optimizer(self.network, settings)
         self.blocks = Blocks(calibration.rows(), tokenizer, self.plan.window, context.seed)
         mathematics = {k: v for k, v in asdict(settings).items() if k not in ("checkpointing", "tensorboard")}
-        identity = {"settings": mathematics, "budget": asdict(self.plan), "model": fingerprint(model)}
+        identity = {"settings": mathematics, "budget": asdict(self.plan), "model": Dense(model.state_dict()).identity}
         identity |= {"calibration": calibration.sha256, "processes": self.process.num_processes}
         self.state = TrainingState(context.scratch / "tomoe", self.network, self.optimizer, identity)
 
@@ -144,6 +144,7 @@ class Trainer:
         start = self.state.resume()
         if start == 0 and self.settings.start == "energy":
             begin(self.network, self.decoder, self.plan.target, self._first_windows(), self.context)
+        broadcast(self.network.state_dict())  # what was computed alike may differ between devices in the last bit
         batches = islice(self._batches(), start, None)
         steps = self.context.progress.track(range(start, self.plan.steps), "training masks", self.plan.steps - start)
         folder = self.context.artifacts if self.process.is_main_process else None
@@ -177,8 +178,9 @@ class Trainer:
             terms = self._terms(ids, targets, p, self.plan.noise(self.settings, step))
             terms.loss.backward()
         self._update()
-        row = {"step": step, "target": p, "learning_rate": rate, "skipped": self.state.skipped, **terms.row()}
-        return row | {f"tokens.{source}": float(count) for source, count in self.blocks.tokens.items()}
+        row: dict[str, float] = {"step": step, "target": p, "learning_rate": rate, "skipped": self.state.skipped}
+        row |= terms.row() | {f"tokens.{source}": count for source, count in self.blocks.tokens.items()}
+        return row | {"batch_tokens": ids.numel() * self.process.num_processes}
 
     def _terms(self, ids: Tensor, targets: Tensor, p: float, noise: float) -> objective.Terms:
         """The objective on some tokens [sequences, window]."""
@@ -189,7 +191,7 @@ class Trainer:
         valid_T = targets.flatten() != (-1 if self.ignored is None else self.ignored)  # what follows a row is chance
         if teacher_TD is None:
             language = next_token(student_TD[valid_T], targets.flatten()[valid_T], self.decoder.head)
-            entropy = torch.zeros(())
+            entropy = None
         else:
             language, entropy = distillation(student_TD[valid_T], teacher_TD[valid_T], self.decoder.head)
         pairs = zip(self.network.mlp_sites, masks, strict=True)
@@ -261,14 +263,7 @@ def with_mlp_at(p: float, shape: DecoderShape) -> float:
 @contextmanager
 def seeded(seed: int, device: str) -> Iterator[None]:
     """The default generators seeded while open, and as they were afterwards."""
-    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+    kind = torch.device(device).type
+    with torch.random.fork_rng([] if kind == "cpu" else [device], device_type=kind):
         torch.manual_seed(seed)
         yield
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash over every weight's name, shape and sum, so that a checkpoint is not resumed on another model."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.sum(dtype=torch.float64))!r}".encode())
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import pytest
 
 from methods.base import Budget
 from methods.modeling.shape import DecoderShape
-from methods.tomoe.accounting import Added, Kept, active_block, keep_fraction, layer_weights, prunable, published_added
+from methods.tomoe.accounting import Added, Kept, active_block, keep_fraction, layer_weights, prunable
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 4096}
 QWEN: dict[str, Any] = {"model_type": "qwen2", "max_position_embeddings": 4096}
@@ -67,6 +67,11 @@ def test_half_of_llama2_7b() -> None:
     half = llama.layers * layer_weights(Kept(64, 64, 64, llama.mlp_width // 2), llama)
     assert half == 3_238_002_688
     assert (llama.total - prunable(llama) + half) / llama.total == pytest.approx(0.5195, abs=5e-5)
+
+
+def published_added(model: DecoderShape, experts: int, embedding: int) -> int:
+    """The paper's formula, which leaves out LayerNorms and biases: L (d e + e h + d N)."""
+    return model.layers * (model.hidden * embedding + embedding * model.head_dim + model.hidden * experts)
 
 
 @pytest.mark.parametrize(

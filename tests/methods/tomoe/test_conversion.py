@@ -15,11 +15,13 @@ from methods.errors import UserError
 from methods.modeling import Decoder
 from methods.modeling.footprint import footprint
 from methods.tomoe import ToMoE
-from methods.tomoe.conversion import best, convert, measure, sizes_at, solve
+from methods.tomoe.conversion import convert
 from methods.tomoe.masking import MaskedDecoder
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.objective import equalised
+from methods.tomoe.scores import measure
 from methods.tomoe.sites import spread
+from methods.tomoe.sizes import best, sizes_at, solve
 from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, assert_cache_changes_nothing, logits, some_ids, tiny_model
 from tests.methods.tomoe.small import SmallCalibration, context, network, tokenizer
 

@@ -71,6 +71,33 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         ToMoE(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"head_pruning": "true", "vo_routing": "false"}, "tomoe.vo_routing=false .* beside tomoe.head_pruning=true"),
+        ({"head_pruning": "true", "vo_mask": "v_only"}, "tomoe.vo_mask=v_only .* beside tomoe.head_pruning=true"),
+        ({"vo_routing": "false", "topk": "cap"}, "tomoe.topk=cap .* beside tomoe.vo_routing=false"),
+        ({"preset": "released", "head_pruning": "true", "vo_mask": "o_only"}, "tomoe.vo_mask=o_only"),
+        ({"experts": "1", "router_rate": "2"}, "tomoe.router_rate=2.0 .* beside tomoe.experts=1. Leave one of them"),
+        ({"experts": "1", "attention_union": "false", "beta": "3"}, "tomoe.beta=3.0 .* and tomoe.attention_union"),
+        ({"experts": "1", "vo_routing": "false", "inference_noise": "true"}, "tomoe.inference_noise=true"),
+        ({"loss": "lm", "kd_weight": "2"}, "tomoe.kd_weight=2.0 .* beside tomoe.loss=lm"),
+        ({"beta": "0", "union": "sampled"}, "tomoe.union=sampled .* beside tomoe.beta=0"),
+        ({"gamma": "0", "load_balance": "released"}, "tomoe.load_balance=released .* beside tomoe.gamma=0"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        registry.configure("tomoe", settings)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "released"])
+@pytest.mark.parametrize("settings", [settings for settings in ABLATIONS if "preset" not in settings], ids=str)
+def test_every_ablation_of_every_preset_is_possible(preset: str, settings: dict[str, str]) -> None:
+    """What a preset itself says is no contradiction."""
+    assert registry.configure("tomoe", {"preset": preset, "embedding": "2", "steps": "3"} | settings)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @given(ratio=st.floats(0.3, 0.99), basis=st.sampled_from(["total", "block"]))
 def test_prediction_is_the_size_asked_for(name: str, ratio: float, basis: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks import store
 from methods.base import Budget
 from methods.tomoe import ToMoE, training
+from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.training import Trainer
 from tests.benchmarks.small_run import arguments, make_model, make_text
 from tests.methods.tiny import tiny_model
@@ -34,8 +35,8 @@ STEPS = 4
 ROOT = Path(__file__).parents[3]
 
 
-def trainer(folder: Path) -> Trainer:
-    method, model = ToMoE(experts=3, embedding=4, start="random"), tiny_model("llama-gqa", dtype=torch.float32)
+def trainer(folder: Path, start: Literal["random", "energy"] = "random") -> Trainer:
+    method, model = ToMoE(experts=3, embedding=4, start=start), tiny_model("llama-gqa", dtype=torch.float32)
     where = context(folder / "scratch", steps=STEPS, artifacts=folder)
     return Trainer(method, model, tokenizer(), Budget(ratio=0.6, basis="block"), SmallCalibration(), where)
 
@@ -106,7 +107,29 @@ def train_with_one_bad_loss(folder: Path) -> dict[str, Tensor]:
     return {"skipped": torch.tensor(made.state.skipped)} | made.network.state_dict()
 
 
-RUNS = {"whole": train_whole, "killed": train_killed, "bad": train_with_one_bad_loss}
+def begin_unevenly(folder: Path) -> dict[str, Tensor]:
+    """The network of the first step, after each process has found another start than the main one."""
+    begin, rank = training.begin, PartialState().process_index
+    made, first = trainer(folder, "energy"), {}
+
+    def uneven(network: ToMoENetwork, *args: Any) -> None:
+        begin(network, *args)
+        for tensor in network.state_dict().values():
+            tensor += 1e-3 * rank
+
+    def see(call: int, ids: Tensor, terms: Any) -> Any:
+        for name, tensor in made.network.state_dict().items():
+            first.setdefault(name, tensor.clone())
+        return terms
+
+    training.begin = uneven
+    with changed_terms(see):
+        made.run()
+    training.begin = begin
+    return first
+
+
+RUNS = {"whole": train_whole, "killed": train_killed, "bad": train_with_one_bad_loss, "start": begin_unevenly}
 
 
 def main(folder: Path) -> None:
@@ -118,10 +141,10 @@ def main(folder: Path) -> None:
 
 
 def launched(*command: str) -> subprocess.CompletedProcess[str]:
-    """Two processes of a Python program."""
+    """Two processes of a Python program, which must come to an end."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +231,20 @@ def test_a_launched_run_leaves_one_record_per_cell_of_what_all_processes_trained
     assert done.returncode == 0, done.stderr
     made = [(record["cell"]["method"], record["status"]) for record in store.records(tmp_path / "out")]
     assert made == [("dense", "done"), ("tomoe", "done"), ("tomoe", "done")]
-    rows = [len(path.read_text().splitlines()) for path in (tmp_path / "out").rglob("training.csv")]
-    assert rows == [3, 3]
+    logs = [path.read_text().splitlines() for path in (tmp_path / "out").rglob("training.csv")]
+    # Steps of both processes' two sequences of 128.
+    assert [[row["batch_tokens"] for row in csv.DictReader(log)] for log in logs] == [["512", "512"]] * 2
+
+
+def test_a_launched_run_ends_when_a_cell_fails_in_all_processes(tmp_path: Path) -> None:
+    make_model(tmp_path / "model"), make_text(tmp_path / "text.txt")
+    # One byte less than eight different windows of 128 need, which only a tokenizer can tell.
+    (tmp_path / "short.txt").write_text("ab " * 44 + "ab")
+    done = launched(*tomoe_run(tmp_path, "--calibration", str(tmp_path / "short.txt")))
+    assert done.returncode == 1, done.stderr
+    assert "3 cells: 1 done, 1 not started, 1 failed." in done.stdout
+    made = [(record["cell"]["method"], record["status"]) for record in store.records(tmp_path / "out")]
+    assert made == [("dense", "done"), ("tomoe", "failed")]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """The start from energies: grouping against planted groups, the router's aim, least squares, sizes at the start."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods.base import Budget, Context
 from methods.modeling import Decoder
@@ -51,6 +55,26 @@ def test_least_squares_is_exact_where_it_can_be() -> None:
     generator = torch.Generator().manual_seed(0)
     features, targets = torch.randn(4, 16, generator=generator), torch.randn(4, 30, generator=generator)
     torch.testing.assert_close(features @ start.least_squares(features, targets).T, targets, rtol=0.02, atol=0.02)
+
+
+class NoDoubleOn(TorchDispatchMode):
+    """A device without float64."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        assert not isinstance(out, torch.Tensor) or out.dtype != torch.float64 or out.device.type != self.device
+        return out
+
+
+def test_least_squares_on_a_device_without_float64() -> None:
+    with FakeTensorMode(), NoDoubleOn("mps"):
+        features, targets = torch.empty(4, 16, device="mps"), torch.empty(4, 30, device="mps")
+        weight = start.least_squares(features, targets)
+    assert (weight.device.type, weight.dtype, weight.shape) == ("mps", torch.float32, (30, 16))
 
 
 @pytest.mark.parametrize("p", [0.3, 0.5, 0.8])

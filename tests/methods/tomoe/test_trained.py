@@ -26,6 +26,7 @@ from methods.tomoe.conversion import convert
 from methods.tomoe.masking import MaskedDecoder
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.training import Trainer
+from tests.methods.tomoe.test_masking import everything_on
 
 BUDGET = Budget(ratio=0.5, basis="block")
 STEPS = 3
@@ -72,15 +73,10 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def test_masks_all_on_are_the_dense_model_to_the_last_bit(case: Case) -> None:
-    """With noise too: an untrained mask logit is far on the side of on."""
-    trainer_network = ToMoENetwork(
-        case.network.shape, case.network.settings, case.network.settings.width(case.network.shape), torch.Generator()
-    )
-    masked, expected = MaskedDecoder(Decoder(case.dense), trainer_network), logits(case.dense, case.ids)
+    masked, expected = MaskedDecoder(Decoder(case.dense), copy.deepcopy(case.network)), logits(case.dense, case.ids)
     with masked.attached(), torch.no_grad():
         assert logits(case.dense, case.ids).equal(expected)
-        masked.masks = trainer_network.draw()
-        assert all(bool(masks.experts_NM.all()) for masks in masked.masks)
+        masked.masks = everything_on(masked)
         assert logits(case.dense, case.ids).equal(expected)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from methods.base import Budget
 from methods.errors import UserError
+from methods.modeling import Decoder
 from methods.tomoe import ToMoE, training
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.training import Trainer, train
@@ -75,7 +76,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(settings: dict[str, Any], tmp_
     monkeypatch.setattr(Trainer, "_step", step)
     assert same(run(tmp_path / "part", steps=6, artifacts=tmp_path / "b", **settings), whole)
     one, other = ((tmp_path / folder / "training.csv").read_text() for folder in "ab")
-    without_time = [[row[:-2] for row in csv.reader(text.splitlines())] for text in (one, other)]
+    without_time = [[row[:-3] for row in csv.reader(text.splitlines())] for text in (one, other)]
     assert without_time[0] == without_time[1] and len(without_time[0]) == 7
 
 
@@ -102,6 +103,42 @@ def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], what: st
     with pytest.raises(UserError, match=f"is of another {what}.*Remove that folder"):
         run(tmp_path, **change)
     assert load_file(tmp_path / "tomoe" / "final" / "state.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_permuted_matrix_is_another_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    """All sums of a matrix stay what they were."""
+    model, method = tiny_model("llama-gqa", dtype=dtype), ToMoE(experts=3, embedding=4, start="random")
+    arguments = method, model, tokenizer(), HALF, SmallCalibration(), context(tmp_path)
+    train(*arguments)
+    train(*arguments)
+    matrix = Decoder(model).layers[0].mlp_output.weight
+    matrix.data = matrix.data.flip(0)
+    with pytest.raises(UserError, match="is of another model"):
+        train(*arguments)
+
+
+@pytest.mark.parametrize("loss, columns", [("kd", {"kd", "kd_cross_entropy"}), ("lm", {"lm"})])
+def test_the_column_is_named_after_the_loss(loss: str, columns: set[str], tmp_path: Path) -> None:
+    run(tmp_path / "run", steps=1, artifacts=tmp_path, loss=loss)
+    (row,) = csv.DictReader((tmp_path / "training.csv").read_text().splitlines())
+    assert {name for name in row if name.startswith(("kd", "lm"))} == columns
+    assert row["batch_tokens"] == "32"  # two sequences of 16
+    assert float(row["tokens_per_second"]) == pytest.approx(32 / float(row["seconds"]), rel=1e-6)
+
+
+def test_noise_leaves_the_generators_as_they_were(monkeypatch) -> None:
+    """Of the processor, and of a device that has one of its own."""
+    states = {"mps": torch.tensor([1, 2, 3])}
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: states.update({device: state}))
+    before = torch.get_rng_state()
+    with training.seeded(1, "mps"):
+        states["mps"] = torch.zeros(3)
+        first = torch.rand(3)
+    with training.seeded(1, "cpu"):
+        assert torch.rand(3).equal(first)
+    assert torch.get_rng_state().equal(before) and states["mps"].tolist() == [1, 2, 3]
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path: Path, monkeypatch) -> None:
