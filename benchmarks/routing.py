@@ -69,8 +69,10 @@ def main() -> None:
     for path in arguments.checkpoints:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         encoded: Any = models.load_tokenizer(path)(data.load(arguments.text, "test").content, verbose=False)
-        length = arguments.windows * arguments.window
-        windows = torch.tensor(encoded["input_ids"][:length]).view(-1, arguments.window)
+        count = min(arguments.windows, len(encoded["input_ids"]) // arguments.window)
+        if count < 2:
+            raise UserError(f"{arguments.text} is shorter than two windows of {arguments.window}. Use --window.")
+        windows = torch.tensor(encoded["input_ids"][: count * arguments.window]).view(count, -1)
         made = compare(model, windows)
         gain = made.random - made.learned
         print(f"{path}: learned {made.learned:.4f}, random {made.random:.4f} nats per token; ", end="")
@@ -78,4 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"routing: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -176,6 +176,17 @@ class Method(ABC):
     """What it removes: `dense` (nothing), `depth`, `width`, `semi-structured` or `moe`."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings beside the defaults (`--set METHOD.preset=NAME`), for example those of a publication."""
+
+    def check(self, given: Collection[str]) -> None:
+        """Refuse settings that somebody gave although they have no effect beside the others.
+
+        Args:
+            given: names of the fields that were set on the command line, not by a preset.
+
+        Raises:
+            UserError: one of them is idle.
+        """
+        return None
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
         """The size this method will reach, from shapes alone and without torch; None when only running it tells.

@@ -92,7 +92,9 @@ def configure(name: str, settings: Mapping[str, str]) -> Method:
         if field not in fields:
             raise unknown(f"field of {name}", field, fields, f"Use --set {name}.FIELD=VALUE.")
         values[field] = _parse(f"{name}.{field}", text, types[field])
-    return method(**values)
+    configured = method(**values)
+    configured.check([field for field in settings if field != PRESET])
+    return configured
 
 
 def _preset(method: type[Method], settings: Mapping[str, str]) -> dict[str, Any]:

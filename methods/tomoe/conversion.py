@@ -26,7 +26,7 @@ from methods.modeling.shape import DecoderShape
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.objective import equalised
 from methods.tomoe.scores import Scores, measure
-from methods.tomoe.sizes import Sizes, best, neurons_on, solve
+from methods.tomoe.sizes import Sizes, best, solve
 from methods.tomoe.straight_through import OFFSET
 
 if TYPE_CHECKING:
@@ -50,10 +50,9 @@ def convert(
     with torch.no_grad():
         scores = measure(network, decoder, calibration, context)
         sizes = solve(settings, decoder.shape, scores, budget)
-        raw = [neurons_on(settings, s).tolist() for s in scores]
         for index, layer in enumerate(decoder.layers):
             LayerConversion(settings, decoder.shape, network, index).apply(layer, scores[index], sizes[index])
-    return modeling.rebuild(model, _records(settings, model, raw))
+    return modeling.rebuild(model, _records(settings, model, [size.raw_neurons for size in sizes]))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ than a block takes more rows instead of padding. Sources are mixed by rows, so s
 `Blocks.tokens` counts what each source gave.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -42,6 +43,15 @@ class Blocks:
                 f"the calibration text is shorter than one training block of {self._length} tokens. "
                 "Use a longer text (--calibration), or a smaller --budget."
             )
+
+    @property
+    def sha256(self) -> str:
+        """Of all rows and the names of their sources."""
+        digest = hashlib.sha256()
+        for name, texts in self._rows.items():
+            for text in (name, *texts):
+                digest.update(f"{len(text)} {text}".encode())
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Tensor]:
         self.tokens, chance = dict.fromkeys(self._rows, 0), random.Random(self._seed)

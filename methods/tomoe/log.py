@@ -29,10 +29,13 @@ class StepLog:
     def __enter__(self) -> Self:
         if self._folder:
             self._folder.mkdir(parents=True, exist_ok=True)
-            kept = _rows_before(self._folder / NAME, self._start)
-            self._file = (self._folder / NAME).open("w", newline="")
+            path, partial = self._folder / NAME, self._folder / f".{NAME}.partial"
+            kept = _rows_before(path, self._start)
+            with partial.open("w", newline="") as file:
+                csv.writer(file).writerows(kept)
+            partial.replace(path)
+            self._file = path.open("a", newline="")
             self._writer = csv.writer(self._file)
-            self._writer.writerows(kept)
             self._has_header = bool(kept)
         return self
 

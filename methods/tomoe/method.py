@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from methods.base import Budget, Calibration, Context, Method, Prediction
@@ -182,21 +182,21 @@ class ToMoE(Method):
                     f"tomoe.{name} is {value:g}, which is not between {low:g} and {high:g}. "
                     f"Use --set tomoe.{name}=VALUE."
                 )
+        if self.embedding and self.embedding % 2:
+            raise UserError(
+                f"tomoe.embedding is {self.embedding}, and each direction of the GRU gives half of it. "
+                f"Use an even number: --set tomoe.embedding={self.embedding + 1}."
+            )
+
+    def check(self, given: Collection[str]) -> None:
+        """Refuse what has no effect beside other settings (`IDLE`)."""
         for causes, idle in IDLE:
             if all(getattr(self, name) == value for name, value in causes.items()):
-                self._refuse(causes, self._changed & set(idle))
-
-    @property
-    def _changed(self) -> set[str]:
-        """What was set: the settings unlike those of the defaults or of the preset, whichever is nearest."""
-        bases = [{field.name: field.default for field in fields(self)}, *self.presets.values()]
-        return min(({name for name in base if getattr(self, name) != base[name]} for base in bases), key=len)
-
-    def _refuse(self, causes: dict[str, Any], idle: set[str]) -> None:
-        """Raises UserError if anything is idle."""
-        for name in sorted(idle):
-            value, *beside = (f"tomoe.{key}={str(getattr(self, key)).lower()}" for key in (name, *causes))
-            raise UserError(f"{value} has no effect beside {' and '.join(beside)}. Leave one of them out of --set.")
+                for name in sorted({*idle} & {*given}):
+                    value, *beside = (f"tomoe.{key}={str(getattr(self, key)).lower()}" for key in (name, *causes))
+                    raise UserError(
+                        f"{value} has no effect beside {' and '.join(beside)}. Leave one of them out of --set."
+                    )
 
     @property
     def dynamic_values(self) -> bool:
@@ -213,7 +213,7 @@ class ToMoE(Method):
 
     def width(self, shape: DecoderShape) -> int:
         """E, even: each direction of the GRU gives half."""
-        return (self.embedding or max(16, min(128, shape.hidden // 32))) // 2 * 2
+        return self.embedding or max(16, min(128, shape.hidden // 64 * 2))
 
     def added(self, shape: DecoderShape) -> Added:
         """What conversion adds to each layer."""

@@ -112,7 +112,10 @@ def expected_width(logits_NM: Tensor, noise: float = 1.0) -> int:
 
 
 def converted_masks(logits_NM: Tensor, tau: float, noise: float = 1.0) -> Tensor:
-    """The sets that conversion would make now, with the gradient of a sigmoid around each expert's cut."""
+    """The sets that conversion would make of the expected widths, before it solves its shift.
+
+    They have the gradient of a sigmoid around each expert's cut.
+    """
     width = expected_width(logits_NM, noise)
     hard = equalised(logits_NM.detach(), width)
     cut = logits_NM.detach().topk(width).values[:, -1:]

@@ -40,6 +40,9 @@ class Sizes:
     groups: int
     values: int
     neurons: int
+    """Of each expert."""
+    raw_neurons: list[float]
+    """Of each expert, before all were made as wide as the widest."""
 
 
 def solve(settings: ToMoE, shape: DecoderShape, scores: list[Scores], budget: Budget) -> list[Sizes]:
@@ -89,9 +92,10 @@ def sizes_at(settings: ToMoE, scores: list[Scores], t: float, t_mlp: float | Non
         values = expected(s.values_Th)
         kept = values.mean() if settings.kept_values == "mean" else values.max()
         groups = 0 if s.groups_G is None else max(s.least_groups, round(float(expected(s.groups_G))))
-        width = _at_least_one(neurons_on(settings, s, t_mlp).max())
+        raw = neurons_on(settings, s, t_mlp)
+        width = _at_least_one(raw.max())
         multiple = -(-width // settings.width_multiple) * settings.width_multiple
-        return Sizes(groups, _at_least_one(kept), min(multiple, s.experts_NM.shape[1]))
+        return Sizes(groups, _at_least_one(kept), min(multiple, s.experts_NM.shape[1]), raw.tolist())
 
     return [size(s) for s in scores]
 

@@ -9,8 +9,9 @@ training text,
  1. experts and tokens take turns, as in Lloyd's k-means: a token goes to the expert that keeps most of its energy, an
     expert becomes the neurons of most energy over its tokens;
  2. the linear router learns to send each token where most of its energy is kept: max sum_t softmax(r_t) . kept_t;
- 3. the mask decoder is fitted by least squares to the experts' log-energies, cut at the target width: the MLPs start at
-    the right size. The architecture is the paper's; only the initial weights differ.
+ 3. the mask decoder is fitted by least squares to the experts' log-energies, cut at the target width: the noise-free
+    sets of the MLPs start at the right size (noise adds to them until it falls, and R_P answers for that). The
+    architecture is the paper's; only the initial weights differ.
 
 Attention starts whole, as in the paper: starting it from energies too was worse (docs/TOMOE.md).
 """

@@ -68,7 +68,7 @@ class TrainingState:
 
     def _checkpoints(self) -> list[Path]:
         """Complete checkpoints, the latest last."""
-        steps = sorted(self.folder.glob("step-*"))
+        steps = sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
         return [*steps, *self.folder.glob("final")]
 
     def _check(self, path: Path, theirs: dict[str, Any]) -> None:

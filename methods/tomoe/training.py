@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ class Plan:
     target: float
     """p."""
     start: float
-    """The fraction of T_total that is on before the first step."""
+    """The fraction of T_total that is on before the first step, but for noise: what the ramp begins with."""
     learning_rate: float
     """At the first step."""
     seed: int
@@ -135,13 +135,17 @@ class Trainer:
         self.blocks = Blocks(calibration.rows(), tokenizer, self.plan.window, context.seed)
         mathematics = {k: v for k, v in asdict(settings).items() if k not in ("checkpointing", "tensorboard")}
         identity = {"settings": mathematics, "budget": asdict(self.plan), "model": Dense(model.state_dict()).identity}
-        identity |= {"calibration": calibration.sha256, "processes": self.process.num_processes}
+        identity |= {
+            "calibration": calibration.sha256,
+            "text": self.blocks.sha256,
+            "processes": self.process.num_processes,
+        }
         self.state = TrainingState(context.scratch / "tomoe", self.network, self.optimizer, identity)
 
     def run(self) -> None:
         """Train to the last step, from the latest checkpoint if there is one."""
         self.model.requires_grad_(False)
-        start = self.state.resume()
+        start = self._resumed()
         if start == 0 and self.settings.start == "energy":
             begin(self.network, self.decoder, self.plan.target, self._first_windows(), self.context)
         broadcast(self.network.state_dict())  # what was computed alike may differ between devices in the last bit
@@ -155,6 +159,17 @@ class Trainer:
                     self.state.save_sometimes(step + 1, SAVE_SECONDS)
         if self.process.is_main_process and start < self.plan.steps:
             self.state.save("final", self.plan.steps)
+
+    def _resumed(self) -> int:
+        """The step to go on from, the same in every process."""
+        start = self.state.resume()
+        starts = cast(list[int], gather_object([start]))
+        if len({*starts}) > 1:
+            raise UserError(
+                f"the processes of this run found checkpoints of different steps ({starts}) in {self.state.folder}. "
+                "Let --out be a folder that all of them share."
+            )
+        return start
 
     def _first_windows(self) -> Tensor:
         """Token ids to find the start from, [windows, window]; the same in every process."""
@@ -174,10 +189,11 @@ class Trainer:
         p, rate = self.plan.p(self.settings, step), self.plan.rate(self.settings, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        with seeded((self.plan.seed + 1) * 2**40 + step * 2**10 + self.process.process_index, self.context.device):
+        noise_seed = ((self.plan.seed + 1) * 2**40 + step * 2**10 + self.process.process_index) % 2**64
+        with seeded(noise_seed, self.context.device):
             terms = self._terms(ids, targets, p, self.plan.noise(self.settings, step))
             terms.loss.backward()
-        self._update()
+        self._update(step)
         row: dict[str, float] = {"step": step, "target": p, "learning_rate": rate, "skipped": self.state.skipped}
         row |= terms.row() | {f"tokens.{source}": count for source, count in self.blocks.tokens.items()}
         return row | {"batch_tokens": ids.numel() * self.process.num_processes}
@@ -203,7 +219,7 @@ class Trainer:
         self.masked.masks = masks
         return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    def _update(self) -> None:
+    def _update(self, step: int) -> None:
         """Average gradients over processes and take the step, unless something is not finite anywhere."""
         gradients = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
         gradients = [gradient for gradient in gradients if gradient is not None]
@@ -216,13 +232,15 @@ class Trainer:
             self.optimizer.step()
             self.state.in_a_row = 0
         else:
-            self._skip()
+            self._skip(step)
         self.optimizer.zero_grad()
 
-    def _skip(self) -> None:
+    def _skip(self, step: int) -> None:
         self.state.skipped += 1
         self.state.in_a_row += 1
-        if self.state.in_a_row == PATIENCE:
+        if self.state.in_a_row >= PATIENCE:
+            if self.process.is_main_process:
+                self.state.save(f"step-{step + 1:06d}", step + 1)
             raise UserError(
                 f"the loss was not finite in {PATIENCE} steps in a row, so training stopped; what was trained before "
                 f"is in {self.state.folder}. Use a smaller --set tomoe.learning_rate "

@@ -31,6 +31,7 @@ ABLATIONS: list[dict[str, str]] = [
     {"mask_grad": "double"},
     {"mask_noise": "per_token"},
     {"start": "random"},
+    {"inference_noise": "true"},
     {"vo_mask": "o_only"},
     {"topk": "cap", "kept_values": "max"},
     {"preset": "paper", "steps": "3"},
@@ -56,6 +57,7 @@ def test_every_ablation_runs_from_dense_to_sparse(name: str, settings: dict[str,
     [
         ({"experts": 0}, "tomoe.experts is 0, which is not between 1 and 4096.*--set tomoe.experts"),
         ({"embedding": 1}, "tomoe.embedding is 1, which is not between 2"),
+        ({"embedding": 9}, "tomoe.embedding is 9, and each direction.*--set tomoe.embedding=10"),
         ({"steps": 0}, "tomoe.steps is 0, which is not between 1"),
         ({"tau": 0.0}, "tomoe.tau is 0, which is not between 0.001"),
         ({"tau": -0.4}, "tomoe.tau is -0.4"),
@@ -78,6 +80,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         ({"head_pruning": "true", "vo_mask": "v_only"}, "tomoe.vo_mask=v_only .* beside tomoe.head_pruning=true"),
         ({"vo_routing": "false", "topk": "cap"}, "tomoe.topk=cap .* beside tomoe.vo_routing=false"),
         ({"preset": "released", "head_pruning": "true", "vo_mask": "o_only"}, "tomoe.vo_mask=o_only"),
+        ({"vo_routing": "false", "vo_count": "mean"}, "tomoe.vo_count=mean .* beside tomoe.vo_routing=false"),
         ({"experts": "1", "router_rate": "2"}, "tomoe.router_rate=2.0 .* beside tomoe.experts=1. Leave one of them"),
         ({"experts": "1", "attention_union": "false", "beta": "3"}, "tomoe.beta=3.0 .* and tomoe.attention_union"),
         ({"experts": "1", "vo_routing": "false", "inference_noise": "true"}, "tomoe.inference_noise=true"),
@@ -96,6 +99,14 @@ def test_settings_that_contradict_are_refused(settings: dict[str, str], message:
 def test_every_ablation_of_every_preset_is_possible(preset: str, settings: dict[str, str]) -> None:
     """What a preset itself says is no contradiction."""
     assert registry.configure("tomoe", {"preset": preset, "embedding": "2", "steps": "3"} | settings)
+
+
+def test_what_nobody_set_is_not_blamed() -> None:
+    """However many settings are unlike those of the preset."""
+    far = {"learning_rate": "1e-3", "schedule": "constant", "ramp": "0", "start": "random", "last_noise": "1"}
+    assert registry.configure("tomoe", {"vo_routing": "false", "union": "sampled"} | far)
+    near = {"mask_noise": "per_expert", "embedding": "16", "steps": "300", "schedule": "cosine", "start": "energy"}
+    assert registry.configure("tomoe", {"preset": "paper", "vo_routing": "false"} | near)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -136,7 +147,6 @@ def test_learning_rate_follows_the_fan_in() -> None:
 def test_embedding_width_follows_the_model() -> None:
     assert [ToMoE().width(SHAPES[name]) for name in ("llama2-7b", "phi-2")] == [128, 80]
     assert ToMoE().width(Decoder(tiny_model("llama-gqa")).shape) == 16
-    assert ToMoE(embedding=9).width(SHAPES["phi-2"]) == 8  # even: two directions
 
 
 def test_a_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from methods.errors import UserError
 from methods.modeling import Decoder
 from methods.tomoe import ToMoE, training
 from methods.tomoe.network import ToMoENetwork
+from methods.tomoe.state import TrainingState
 from methods.tomoe.training import Trainer, train
 from tests.methods.tiny import ONE_PER_FAMILY, tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
+from tests.methods.tomoe.small import SmallCalibration, context, sentences, tokenizer
 
 HALF = Budget(ratio=0.6, basis="block", tolerance=0.2)
 
@@ -49,7 +50,7 @@ def test_only_the_network_is_trained_and_z_stays(name: str, tmp_path: Path) -> N
     moved = {key for key, value in trainer.network.state_dict().items() if not value.equal(first[key])}
     still = set(first) - moved
     assert "hypernetwork.z_SNI" in still
-    assert {key for key in still if "prior" not in key and "z_SNI" not in key} <= unused(trainer.network)
+    assert {key for key in still if "z_SNI" not in key} <= unused(trainer.network)
     assert not any(parameter is trainer.network.hypernetwork.z_SNI for parameter in trainer.network.parameters())
 
 
@@ -105,6 +106,29 @@ def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], what: st
     assert load_file(tmp_path / "tomoe" / "final" / "state.safetensors")
 
 
+def test_another_text_outside_the_sampled_windows_is_another_run(tmp_path: Path) -> None:
+    method, model = ToMoE(experts=3, embedding=4, start="random"), tiny_model("llama-gqa", dtype=torch.float32)
+    where = context(tmp_path)
+    train(method, model, tokenizer(), HALF, SmallCalibration(), where)
+    other = SmallCalibration(sources={"words": [*sentences()[:-1], sentences()[-1][::-1]]})
+    assert other.sha256 == SmallCalibration().sha256
+    with pytest.raises(UserError, match="is of another text"):
+        train(method, model, tokenizer(), HALF, other, where)
+
+
+@pytest.mark.parametrize("seed", [2**24, 20260101, -1])
+def test_any_seed_will_do(seed: int, tmp_path: Path) -> None:
+    method, model = ToMoE(experts=3, embedding=4, start="random"), tiny_model("llama-gqa", dtype=torch.float32)
+    train(method, model, tokenizer(), HALF, SmallCalibration(), context(tmp_path, seed=seed, steps=1))
+
+
+def test_the_latest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
+    for name in ("step-999999", "step-1000000"):
+        (tmp_path / name).mkdir()
+    state = TrainingState(tmp_path, None, None, {})  # type: ignore[arg-type]
+    assert [path.name for path in state._checkpoints()] == ["step-999999", "step-1000000"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_permuted_matrix_is_another_model(dtype: torch.dtype, tmp_path: Path) -> None:
     """All sums of a matrix stay what they were."""
@@ -158,7 +182,6 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path: Path, monkeypatch) -
 
 
 def test_a_loss_that_stays_non_finite_stops_the_training_and_loses_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     terms = Trainer._terms
 
     def broken(self: Trainer, *args: Any) -> Any:
@@ -172,7 +195,11 @@ def test_a_loss_that_stays_non_finite_stops_the_training_and_loses_nothing(tmp_p
         run(tmp_path / "run", steps=40, artifacts=tmp_path)
     assert len((tmp_path / "training.csv").read_text().splitlines()) == 1 + 11
     (saved,) = (tmp_path / "run" / "tomoe").iterdir()
+    assert saved.name == "step-000012"
     assert all(tensor.isfinite().all() for tensor in load_file(saved / "state.safetensors").values())
+    with pytest.raises(UserError, match="not finite"):  # and goes on where it stopped
+        run(tmp_path / "run", steps=40, artifacts=tmp_path)
+    assert [path.name for path in (tmp_path / "run" / "tomoe").iterdir()] == ["step-000013"]
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
