@@ -1,7 +1,8 @@
 """One run in several processes (torchrun, `accelerate launch`): the main one does everything, the others help compress.
 
     accelerate launch --multi_gpu --num_processes 4 run_all.py --methods tomoe --ratios 0.6 --executor inline
-    torchrun --nproc_per_node 2 run_all.py --methods tomoe --ratios 0.6 --executor inline --device cpu
+    accelerate launch --multi_gpu --num_processes 2 run_all.py --methods tomoe --ratios 0.6 --executor inline \\
+        --device cpu
 
 Each process computes on a device of its own: on cuda the one with its number. Helpers plan nothing and write nothing.
 They wait for the job that the main process is about to compress, run the same `compress` (a method that trains meets

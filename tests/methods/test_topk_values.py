@@ -119,14 +119,16 @@ def stepwise(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, pr
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_decoding_step_by_step_equals_one_pass(name: str, rule: str, cache: str) -> None:
     """Also where a sequence is padded on the left: there it equals the sequence alone."""
-    model = both(name, rule=rule, cache=cache, threshold=0.0)
+    model = both(name, rule=rule, threshold=0.0)
     ids = some_ids(2, 9)
-    torch.testing.assert_close(stepwise(model, ids), logits(model, ids), **CLOSE)
+    whole, short = logits(model, ids), logits(model, ids[:1, 3:])
+    modeling.set_value_cache(model, cache)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(stepwise(model, ids), whole, **CLOSE)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     padded = stepwise(model, ids, mask)
-    torch.testing.assert_close(padded[:1, 3:], logits(model, ids[:1, 3:]), **CLOSE)
-    torch.testing.assert_close(padded[1:], logits(model, ids[1:]), **CLOSE)
+    torch.testing.assert_close(padded[:1, 3:], short, **CLOSE)
+    torch.testing.assert_close(padded[1:], whole[1:], **CLOSE)
 
 
 @pytest.mark.parametrize("cache", ["zeros", "compact"])
@@ -189,11 +191,11 @@ def test_packing_loses_no_bit(dtype: torch.dtype, B: int, T: int, J: int, width:
     mask = torch.zeros(B, T, width).scatter(-1, index, 1).bool()
     values = torch.randn(B, J, T, width).to(dtype).masked_fill(~mask[:, None], 0)
     packed = topk_cache.pack(values, index)
-    size = FLOATS[dtype]
-    assert packed.shape == (B, 1, T, J * kept + math.ceil(width / 8 / size))
+    row = kept + math.ceil(width / 8 / FLOATS[dtype] / J)
+    assert packed.shape == (B, J, T, min(row, width)), "rows where they are smaller, else the values"
     assert packed.dtype == dtype
-    assert topk_cache.unpack(packed, J, kept, width).equal(values)
-    assert not topk_cache.unpack(torch.zeros_like(packed), J, kept, width).any(), "rows nobody wrote"
+    assert topk_cache.unpack(packed, kept, width).equal(values)
+    assert not topk_cache.unpack(torch.zeros_like(packed), kept, width).any(), "rows nobody wrote"
 
 
 def test_a_compact_cache_has_the_bytes_it_should() -> None:
@@ -214,15 +216,43 @@ def test_a_compact_cache_has_the_bytes_it_should() -> None:
 
 @pytest.mark.parametrize(
     "way",
-    [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"cache_implementation": "static"}],
-    ids=["beams", "sequences", "static"],
+    [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"cache_implementation": "static"}],
+    ids=["dynamic", "beams", "sequences", "static"],
 )
-def test_a_compact_cache_serves_every_way_to_generate(way: dict[str, Any]) -> None:
-    model, ids = both("llama-gqa", rule="cap", threshold=0.0), some_ids(2, 6)
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_a_compact_cache_serves_every_way_to_generate(heads: int, way: dict[str, Any]) -> None:
+    dense = tiny_model("llama-gqa", hidden_size=48, num_attention_heads=6, num_key_value_heads=heads, **SMALL)
+    model, ids = choosing(dense, rule="cap", threshold=0.0), some_ids(2, 6)
     way = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **way}
     expected = model.generate(ids, **{**way, "cache_implementation": None})
     modeling.set_value_cache(model, "compact")
     assert model.generate(ids, **way).equal(expected)
+
+
+@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_layers_are_compact_where_that_is_smaller(way: dict[str, Any]) -> None:
+    """Of 8 values, 6 and their bits take 7 elements, 7 and theirs would take 8; the first layer chooses none."""
+    model, ids = tiny_model("llama-gqa", num_hidden_layers=3), some_ids(2, 6)
+    for layer, kept in zip(layers_of(model)[1:], (7, 6), strict=True):
+        modeling.convert_values(layer, modeling.ValueSelector(32, 5, 8), kept, modeling.ValueRule())
+    way = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, **way}
+    expected, whole = model.generate(ids, **way), logits(model, ids)
+    modeling.set_value_cache(model, "compact")
+    made = model.generate(ids, **way)
+    assert made.sequences.equal(expected.sequences)
+    assert [layer.values.shape[-1] for layer in made.past_key_values.layers] == [8, 8, 7]
+    torch.testing.assert_close(stepwise(model, ids), whole, **CLOSE)
+
+
+def test_inference_mode_leaves_a_model_that_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_products, "SMALLEST", 0)
+    model, ids = both("llama-biases", kept=6), some_ids(1, 8)
+    with torch.inference_mode():
+        expected = stepwise(model, ids)
+    torch.testing.assert_close(stepwise(model, ids), expected)
+    model.train()(input_ids=ids).logits.square().sum().backward()
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    assert layers_of(model)[1].attention_output.weight.grad.any()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", [*ONE_PER_FAMILY, "llama-mqa", "llama-biases"])

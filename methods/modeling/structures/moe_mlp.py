@@ -27,6 +27,7 @@ from methods.modeling.structures import moe_choice
 from methods.modeling.structures.moe_neurons import Neurons
 from methods.modeling.structures.moe_stores import STORES, Pseudo
 from methods.modeling.structures.narrow_mlp import narrow_mlp
+from methods.modeling.structures.row_products import lay_out
 
 NAME = "moe_mlp"
 
@@ -99,7 +100,7 @@ class MoEMLP(nn.Module):
         sources = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         if self._made is None or not _same(sources, self._made[0]):
             with torch.inference_mode(False), torch.no_grad():
-                _lay_out_rows(linears[-1])
+                lay_out(linears[-1])  # each neuron of down is a row to read
                 self._made = sources, STORES[self.store](self.union, self.index)
         return self._made[1]
 
@@ -130,12 +131,6 @@ def unit_gate(logits_TN: Tensor, experts_T: Tensor) -> Tensor:
 
 def _same(now: list[tuple[Tensor, int]], then: list[tuple[Tensor, int]]) -> bool:
     return len(now) == len(then) and all(a is b and m == n for (a, m), (b, n) in zip(now, then, strict=True))
-
-
-def _lay_out_rows(down: nn.Linear) -> None:
-    """Let each neuron's column of down be contiguous in memory: the same matrix, read by neuron."""
-    if down.weight.stride(0) != 1:
-        down.weight.data = down.weight.data.T.contiguous().T
 
 
 def _leaf(name: str) -> str:

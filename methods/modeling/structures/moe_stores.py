@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from methods.modeling.structures.moe_neurons import Neurons, times
-from methods.modeling.structures.moe_reader import Reader, can_read
+from methods.modeling.structures.moe_reader import Reader
 from methods.modeling.structures.moe_stack import Stack
+from methods.modeling.structures.row_products import can_read
 
 Way = Callable[[Tensor, Tensor], Tensor]
 """From the chosen experts [T] and the input [T, D] to the output [T, D]."""
@@ -65,7 +66,7 @@ class Shared(Pseudo):
     def __init__(self, union: Neurons, index_Nw: Tensor) -> None:
         super().__init__(union, index_Nw)
         self.ways["sorted"] = self._sorted
-        if can_read(union):
+        if can_read(union.down_wD):
             self.readers = [Reader(union, positions_w) for positions_w in self.index_Nw]
             self.ways["single"] = self._single
 

@@ -25,7 +25,8 @@ class ValueRule:
     mask: Literal["v_and_o", "v_only", "o_only"] = "v_and_o"
     """Act on the values a token writes, on the attention output it reads, or on both."""
     cache: Literal["zeros", "compact"] = "zeros"
-    """Cache values at full width with zeros, or only the kept ones and a bit per dimension."""
+    """Cache values at full width with zeros, or only the kept ones and a bit per dimension in the layers where that is
+    smaller (see `topk_cache`); the other layers keep the zeros."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

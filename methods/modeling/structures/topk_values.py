@@ -29,8 +29,9 @@ from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.modeling.record import add_structure
 from methods.modeling.structures import topk_cache
 from methods.modeling.structures.attention import ReshapedAttention, become, reshape_attention
+from methods.modeling.structures.row_products import lay_out
 from methods.modeling.structures.topk_choice import Choice, ValueRule, ValueSelector, choose
-from methods.modeling.structures.topk_products import lay_out, reads_rows, some_inputs, some_outputs
+from methods.modeling.structures.topk_products import reads_rows, some_inputs, some_outputs
 
 NAME = "topk_values"
 
@@ -60,9 +61,7 @@ class TopKAttention(ReshapedAttention):
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Values [B, J, S, v] from that form."""
-        if self.rule.cache == "zeros":
-            return packed
-        return topk_cache.unpack(packed, self.kv_heads, self.kept, self.vo_width)
+        return topk_cache.unpack(packed, self.kept, self.vo_width)
 
     def write_output(self, attended_BTHv: Tensor, choice: Choice) -> Tensor:
         """The output projection of what each token chose, to [B, T, D]."""

@@ -1,9 +1,10 @@
 """Training in two processes (gloo): what both share, what differs, what one of them alone does.
 
-    torchrun --nproc_per_node 2 -m tests.methods.tomoe.test_parallel FOLDER
+    accelerate launch --multi_gpu --num_processes 2 --module tests.methods.tomoe.test_parallel FOLDER
 
-is what the tests start, once; each process leaves its tensors in a folder, and the tests look at them. It is torchrun
-because `accelerate launch --cpu` starts a single process where there is no MPI.
+is what the tests start, once; each process leaves its tensors in a folder, and the tests look at them. `--multi_gpu` is
+how accelerate starts several processes on one machine; whether they compute on its processors is the program's to say
+(`--cpu` would start a single one where there is no MPI).
 """
 
 import csv
@@ -33,6 +34,9 @@ from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
 
 STEPS = 4
 ROOT = Path(__file__).parents[3]
+# All that accelerate would otherwise take from its user's settings; port 0 is any free one.
+LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def trainer(folder: Path, start: Literal["random", "energy"] = "random") -> Trainer:
@@ -142,7 +146,7 @@ def main(folder: Path) -> None:
 
 def launched(*command: str) -> subprocess.CompletedProcess[str]:
     """Two processes of a Python program, which must come to an end."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -151,7 +155,7 @@ def launched(*command: str) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their results."""
     folder = tmp_path_factory.mktemp("parallel")
-    done = launched("-m", __name__, str(folder))
+    done = launched("--module", __name__, str(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
