@@ -31,12 +31,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama-gqa": {"model_type": "llama", "num_key_value_heads": 4},
     "phi": {"model_type": "phi"},
 }
+SMALL = {"hidden_size": 192, "num_attention_heads": 6, "num_hidden_layers": 10}
+MODELS = {
+    **KINDS,
+    "tiny-llama": {"model_type": "llama", "num_key_value_heads": 2, "intermediate_size": 264, **SMALL},
+    "tiny-qwen2": {"model_type": "qwen2", "num_key_value_heads": 3, "intermediate_size": 240, **SMALL},
+}
+"""Narrow MLPs, beside which masks weigh most."""
 
 
 def real_proportions(name: str, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
-    kind = dict(KINDS[name])
-    config = AutoConfig.for_model(kind.pop("model_type"), **PROPORTIONS, **kind)
+    config = AutoConfig.for_model(**PROPORTIONS | MODELS[name])
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -76,9 +82,15 @@ def cost(forward: Callable[[], Tensor]) -> tuple[int, int]:
 
 
 def trainer(
-    name: str, dtype: torch.dtype, folder: Path, noise: Literal["per_expert", "per_token"], checkpointing: bool = False
+    name: str,
+    dtype: torch.dtype,
+    folder: Path,
+    noise: Literal["per_expert", "per_token"],
+    checkpointing: bool = False,
+    embedding: int | None = 4,
 ) -> Trainer:
-    model, method = real_proportions(name, dtype), ToMoE(embedding=4, mask_noise=noise, checkpointing=checkpointing)
+    model = real_proportions(name, dtype)
+    method = ToMoE(embedding=embedding, mask_noise=noise, checkpointing=checkpointing)
     return Trainer(method, model, tokenizer(), Budget(ratio=0.6), SmallCalibration(), context(folder))
 
 
@@ -88,7 +100,7 @@ IDS = torch.randint(96, (1, TOKENS), generator=torch.Generator().manual_seed(0))
 def plain(made: Trainer) -> Callable[[], Tensor]:
     """The dense model, with a shift of its embeddings as the one trained tensor, so that gradients run through all."""
     base, teacher_TD = made.model.base_model, made._hidden(IDS, None)
-    shift = torch.zeros(128, dtype=made.model.dtype, requires_grad=True)
+    shift = torch.zeros(made.decoder.shape.hidden, dtype=made.model.dtype, requires_grad=True)
 
     def forward() -> Tensor:
         out = base(inputs_embeds=made.decoder.embeddings[0](IDS) + shift, use_cache=False)
@@ -110,15 +122,18 @@ def extra(made: Trainer) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", KINDS)
-def test_masks_need_little_memory_beside_the_activations(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    between, peak = extra(trainer(name, dtype, tmp_path, "per_expert"))
-    assert between < 0.05 and peak < 0.15
+@pytest.mark.parametrize("embedding", [4, None])  # in proportion, and the default
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_need_no_memory_beside_the_activations(
+    name: str, dtype: torch.dtype, embedding: int | None, tmp_path: Path
+) -> None:
+    between, peak = extra(trainer(name, dtype, tmp_path, "per_expert", embedding=embedding))
+    assert between < 0.03 and peak < (0.05 if dtype == torch.float32 else 0)
 
 
-def test_noise_per_token_doubles_the_activations(tmp_path: Path) -> None:
+def test_noise_per_token_nearly_doubles_the_activations(tmp_path: Path) -> None:
     between, peak = extra(trainer("llama-gqa", torch.bfloat16, tmp_path, "per_token"))
-    assert 0.8 < between < 1.1 and 0.8 < peak < 1.1
+    assert 0.6 < between < 0.9 and 0.6 < peak < 0.9
 
 
 class Widest(TorchDispatchMode):
