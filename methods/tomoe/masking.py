@@ -8,12 +8,12 @@ so one factor is enough for the value of their product: `mask_grad=single` masks
 dropped dimensions a gradient; `double` masks both, as published, and a dropped dimension comes back only by noise. The
 same holds for act(gate) and up.
 
-Masks that depend on tokens are made where a norm is: the norm, the router and the choice of values are recomputed in
-the backward pass from what the norm reads, with the same noise, and keep nothing else. Of what has the MLP's width only
-the outputs of gate and up are kept. So with noise per expert training needs about the memory of a plain step of the
-dense model, at 1,024 tokens by at most 4 % more in fp32 (a hidden size of 192, an MLP of 240: masks weigh most where
-the MLP is small) and less in bf16, where norms keep fp32 copies otherwise. With noise per token a bf16 Llama's
-activations nearly double.
+Little is kept for the backward pass: of what has the MLP's width only the outputs of gate and up, and of a token's
+choice of values nothing: it is made again, with the same noise, from what the norm before attention reads. With noise
+per expert the peak of a step (gradients of what is trained included, 1,024 tokens) is above that of a plain step by at
+most 15 % of the dense model's activations: 14 % for a hidden size of 192 and an MLP of 240 in fp32, 10 % with 264, 2 to
+9 % for Llamas of usual proportions, and it is below the plain step for Phi. bf16 needs less. With noise per token a
+bf16 Llama needs about 80 % more.
 """
 
 # Shape suffixes: B batch, T tokens, D hidden size, N experts, M MLP width, H heads, h head dimension.
@@ -115,18 +115,17 @@ class MaskedDecoder:
             for handle in handles:
                 handle.remove()
             for layer in self.decoder.layers:
-                for norm in _norms(layer):
-                    del norm.forward
+                del layer.attention_norm.forward
 
     def _attach_layer(self, index: int, layer: DecoderLayer) -> list[Any]:
         query, key, value = layer.attention_inputs
-        for norm in _norms(layer):
-            norm.forward = self._choosing(index, layer, norm, norm.forward)
+        layer.attention_norm.forward = self._choosing(index, layer.attention_norm.forward)
         return [
             query.register_forward_hook(self._hook(index, self._mask_query)),
             key.register_forward_hook(self._hook(index, self._mask_key)),
             value.register_forward_hook(self._hook(index, self._mask_value)),
             layer.attention_output.register_forward_pre_hook(self._hook(index, self._mask_output)),
+            layer.mlp_inputs[0].register_forward_pre_hook(self._hook(index, self._route)),
             *self._attach_mlp(index, layer),
         ]
 
@@ -153,34 +152,31 @@ class MaskedDecoder:
 
         return hook
 
-    def _choosing(
-        self, index: int, layer: DecoderLayer, norm: nn.Module, forward: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
-        """The forward pass of a norm that makes the masks of its tokens too."""
+    def _choosing(self, index: int, norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The norm before attention that has its tokens choose values too, and keeps neither for the backward pass."""
 
-        def choose(x_BTD: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-            x_BTD = forward(x_BTD)
-            values = self._choose_values(index, x_BTD, mean_E) if norm is layer.attention_norm else None
-            return x_BTD, values, self._route(index, x_BTD) if norm is layer.mlp_norm else None
+        def choose(x_BTD: Tensor, mean_E: Tensor) -> tuple[Tensor, Tensor]:
+            x_BTD = norm(x_BTD)
+            return x_BTD, self._choose_values(index, x_BTD, mean_E)
 
         def chosen(x_BTD: Tensor) -> Tensor:
-            if self.masks is None:
-                return forward(x_BTD)
+            if self.masks is None or not self.network.settings.dynamic_values:
+                return norm(x_BTD)
             masks = self.masks[index]
             with torch.autocast(x_BTD.device.type, enabled=False):
                 made: Any = checkpoint(choose, x_BTD, masks.mean_E, use_reentrant=False)
-            x_BTD, values, routes = made
-            if values is not None:
-                masks.values_BTh = values
-            if routes is not None:
-                masks.routes_BTN, masks.shares_BTN = routes
+            x_BTD, masks.values_BTh = made
             return x_BTD
 
         return chosen
 
-    def _route(self, index: int, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        settings = self.network.settings
-        return st_gumbel_softmax(self.network.mlp_sites[index].router(x_BTD), settings.tau, noise=self.noise)
+    def _choose_values(self, index: int, x_BTD: Tensor, mean_E: Tensor) -> Tensor:
+        logits_BTh = self.network.attention_sites[index].value_logits(x_BTD, mean_E)
+        return st_gumbel_sigmoid(logits_BTh, self.network.settings.tau, noise=self.noise)
+
+    def _route(self, masks: LayerMasks, index: int, args: tuple, output: None) -> None:
+        logits_BTN = self.network.mlp_sites[index].router(args[0])
+        masks.routes_BTN, masks.shares_BTN = st_gumbel_softmax(logits_BTN, self.network.settings.tau, noise=self.noise)
 
     def _mask_neurons(
         self, masks: LayerMasks, index: int, h: Tensor, inputs: list[Tensor], activation: nn.Module
@@ -195,13 +191,6 @@ class MaskedDecoder:
         h_TM, routes_TN, *inputs_TM = (tensor.flatten(0, -2) for tensor in (h.detach(), routes, *inputs))
         flat = _MaskNeurons.apply(h_TM, routes_TN, masks.experts_NM, activation, power, *inputs_TM)
         return flat.view_as(h)  # pyright: ignore[reportOptionalMemberAccess]
-
-    def _choose_values(self, index: int, x_BTD: Tensor, mean_E: Tensor) -> Tensor | None:
-        settings = self.network.settings
-        if not settings.dynamic_values:
-            return None
-        logits_BTh = self.network.attention_sites[index].value_logits(x_BTD, mean_E)
-        return st_gumbel_sigmoid(logits_BTh, settings.tau, noise=self.noise)
 
     def _mask_key(self, masks: LayerMasks, index: int, args: tuple, output: Tensor) -> Tensor:
         return output if masks.qk_h is None else across_heads(output, masks.qk_h)
@@ -220,11 +209,6 @@ class MaskedDecoder:
             return (whole_heads(args[0], masks.heads_H),)
         assert masks.values_BTh is not None
         return (args[0] if self.network.settings.vo_mask == "v_only" else across_heads(args[0], masks.values_BTh),)
-
-
-def _norms(layer: DecoderLayer) -> set[nn.Module]:
-    """What attention and MLP read; one and the same in a parallel block."""
-    return {layer.attention_norm, layer.mlp_norm}
 
 
 def across_heads(x: Tensor, mask: Tensor) -> Tensor:

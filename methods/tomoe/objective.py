@@ -100,10 +100,14 @@ def balance(masks: LayerMasks) -> Balance:
     return Balance(loads, len(loads) * (loads * shares.mean(0)).sum(), (loads * routes.mean(0)).sum())
 
 
+def ranked(logits_NM: Tensor) -> Tensor:
+    """Each expert's neurons from the highest logit to the lowest, ties by lower index; int64 [N, M]."""
+    return logits_NM.argsort(dim=-1, descending=True, stable=True)
+
+
 def equalised(logits_NM: Tensor, width: int) -> Tensor:
-    """The noise-free sets of conversion: each expert's `width` highest logits, ties by lower index. 0/1, [N, M]."""
-    order = logits_NM.argsort(dim=-1, descending=True, stable=True)[:, :width]
-    return torch.zeros_like(logits_NM).scatter_(-1, order, 1.0)
+    """The noise-free sets of conversion: each expert's `width` highest logits. 0/1, [N, M]."""
+    return torch.zeros_like(logits_NM).scatter_(-1, ranked(logits_NM)[:, :width], 1.0)
 
 
 def expected_width(logits_NM: Tensor, noise: float = 1.0) -> int:
@@ -117,8 +121,9 @@ def converted_masks(logits_NM: Tensor, tau: float, noise: float = 1.0) -> Tensor
     They have the gradient of a sigmoid around each expert's cut.
     """
     width = expected_width(logits_NM, noise)
-    hard = equalised(logits_NM.detach(), width)
-    cut = logits_NM.detach().topk(width).values[:, -1:]
+    logits, order = logits_NM.detach(), ranked(logits_NM.detach())
+    hard = torch.zeros_like(logits).scatter_(-1, order[:, :width], 1.0)
+    cut = logits.gather(-1, order[:, width - 1 : width])
     return straight_through(torch.sigmoid((logits_NM - cut) / tau), hard)
 
 
