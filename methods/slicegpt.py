@@ -22,7 +22,6 @@ since adding a multiple of the identity changes no eigenvector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from methods.modeling import Decoder, DecoderLayer
+    from methods.modeling import Decoder, DecoderLayer, Signals
 
 CHUNK = 8192
 """Rows of a matrix that are held in fp64 at a time."""
@@ -105,7 +104,7 @@ class SliceGPT(Method):
             fold_norms(decoder)
             generator = torch.Generator().manual_seed(context.seed)
             slicer = Slicer(decoder.shape.hidden, width, generator if self.orientation == "random" else None)
-            rotate_and_slice(decoder, slicer, Signals.of(decoder, calibration, context.batch_size), context)
+            rotate_and_slice(decoder, slicer, modeling.Signals.of(decoder, calibration, context.batch_size), context)
         return modeling.rebuild(model, {"rotated_residual": {"width": width}}, tie_word_embeddings=False)
 
 
@@ -165,38 +164,6 @@ def _fold(norm: nn.Module, readers: list[nn.Linear]) -> None:
             linear.bias = torch.nn.Parameter((old + added).to(linear.weight.dtype))
         for part in parts:
             part.copy_(part.double() * gain)
-
-
-@dataclass(frozen=True)
-class Signals:
-    """The residual stream at one point of the network, for all calibration batches, kept on the CPU."""
-
-    batches: list[Tensor]
-    """Per batch: the signal, shape [B, T, D]."""
-    keywords: list[dict[str, Any]]
-    """Per batch: what every block is called with beside the signal."""
-    masks: list[Tensor | None]
-    """Per batch: True where a token is real, shape [B, T]; None when all are."""
-    device: torch.device
-
-    @classmethod
-    def of(cls, decoder: Decoder, calibration: Calibration, batch_size: int) -> Signals:
-        """What enters the first block."""
-        signals = cls([], [], [batch.mask for batch in calibration.batches(batch_size)], decoder.model.device)
-        for x_BTD, keywords in modeling.layer_calls(decoder, calibration.batches(batch_size)):
-            signals.batches.append(x_BTD.cpu())
-            signals.keywords.append(keywords)
-        return signals
-
-    def update(self, function: Callable[[Tensor, dict[str, Any]], Tensor]) -> None:
-        """Replace each batch's signal x by function(x, keywords), one batch at a time."""
-        for index, (x_BTD, keywords) in enumerate(zip(self.batches, self.keywords, strict=True)):
-            self.batches[index] = function(x_BTD.to(self.device), keywords).cpu()
-
-    def rows(self) -> Iterator[Tensor]:
-        """Per batch, the signal of the real tokens in fp64, shape [tokens, D]."""
-        for x_BTD, mask_BT in zip(self.batches, self.masks, strict=True):
-            yield (x_BTD.flatten(0, 1) if mask_BT is None else x_BTD[mask_BT.bool().cpu()]).to(self.device).double()
 
 
 @dataclass(frozen=True)

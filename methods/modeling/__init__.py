@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from methods.modeling.decoder import watch_layers as watch_layers
     from methods.modeling.delta import load_delta as load_delta
     from methods.modeling.delta import save_delta as save_delta
+    from methods.modeling.signals import Signals as Signals
     from methods.modeling.structures.moe_inspect import describe_experts as describe_experts
     from methods.modeling.structures.moe_inspect import expert_ids as expert_ids
     from methods.modeling.structures.moe_mlp import convert_mlp as convert_mlp
@@ -41,6 +42,7 @@ _HOMES = {
     "watch_layers": "decoder",
     "load_delta": "delta",
     "save_delta": "delta",
+    "Signals": "signals",
     "describe_experts": "structures.moe_inspect",
     "expert_ids": "structures.moe_inspect",
     "convert_mlp": "structures.moe_mlp",
