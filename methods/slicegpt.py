@@ -29,6 +29,7 @@ from methods import modeling
 from methods.base import Budget, Calibration, Context, Method, Prediction
 from methods.errors import UserError
 from methods.lazy import torch
+from methods.linalg import Covariance
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
 
@@ -177,19 +178,11 @@ class Slicer:
 
     def basis(self, signals: Signals) -> Tensor:
         """Q [D, D]: orthonormal columns, principal components of the signals, largest first."""
-        H = torch.zeros(self.hidden, self.hidden, dtype=torch.float64, device=signals.device)
-        tokens = 0
+        covariance = Covariance(self.hidden, signals.device)
         for rows in signals.rows():
-            H += rows.T @ rows
-            tokens += len(rows)
-        if tokens < self.width:
-            raise UserError(
-                f"{tokens} calibration tokens cannot span {self.width} principal components. "
-                "Use a longer calibration text or a larger --budget."
-            )
-        if not H.isfinite().all():
-            raise UserError("the residual stream overflows on the calibration text. Use --dtype bfloat16 or float32.")
-        Q = torch.linalg.eigh(H)[1].flip(1)
+            covariance.add(rows)
+        covariance.require_rank(self.width)
+        Q = torch.linalg.eigh(covariance.sum)[1].flip(1)
         if self.generator is not None:
             gaussian = torch.randn(self.width, self.width, dtype=torch.float64, generator=self.generator)
             Q[:, : self.width] = Q[:, : self.width] @ torch.linalg.qr(gaussian)[0].to(Q.device)
@@ -241,14 +234,14 @@ def slice_sequential(layer: DecoderLayer, Q: Tensor, slicer: Slicer, signals: Si
 
     read_in_basis(layer.attention_inputs, Q, d)
     block.shortcut_attention = torch.nn.Parameter(Q[:, :d].T.to(dtype).contiguous())
-    signals.update(lambda x, kwargs: block.attention_half(slicer.cut(x, Q), **kwargs))
+    signals.update(lambda x, kwargs, mask: block.attention_half(slicer.cut(x, Q), **kwargs))
     Q_mid = slicer.basis(signals)
     write_in_basis(layer.attention_output, Q_mid, d)
     block.shortcut_attention = torch.nn.Parameter((Q[:, :d].T @ Q_mid[:, :d]).to(dtype))
 
     read_in_basis(layer.mlp_inputs, Q_mid, d)
     block.shortcut_mlp = torch.nn.Parameter(Q_mid[:, :d].T.to(dtype).contiguous())
-    signals.update(lambda h, kwargs: block.mlp_half(slicer.cut(h, Q_mid)))
+    signals.update(lambda h, kwargs, mask: block.mlp_half(slicer.cut(h, Q_mid)))
     Q_out = slicer.basis(signals)
     write_in_basis(layer.mlp_output, Q_out, out)
     block.shortcut_mlp = torch.nn.Parameter((Q_mid[:, :d].T @ Q_out[:, :out]).to(dtype))
@@ -261,7 +254,7 @@ def slice_parallel(layer: DecoderLayer, Q: Tensor, slicer: Slicer, signals: Sign
     block: Any = modeling.convert_layer(layer, slicer.hidden)
     read_in_basis(layer.attention_inputs + layer.mlp_inputs, Q, d)
     block.shortcut_mlp = torch.nn.Parameter(Q[:, :d].T.to(dtype).contiguous())
-    signals.update(lambda x, kwargs: block(slicer.cut(x, Q), **kwargs))
+    signals.update(lambda x, kwargs, mask: block(slicer.cut(x, Q), **kwargs))
     Q_out = slicer.basis(signals)
     write_in_basis(layer.attention_output, Q_out, out)
     write_in_basis(layer.mlp_output, Q_out, out)

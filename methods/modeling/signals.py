@@ -39,12 +39,18 @@ class Signals:
             signals.keywords.append(keywords)
         return signals
 
-    def update(self, function: Callable[[Tensor, dict[str, Any]], Tensor]) -> None:
-        """Replace each batch's signal x by function(x, keywords), one batch at a time."""
-        for index, (x_BTD, keywords) in enumerate(zip(self.batches, self.keywords, strict=True)):
-            self.batches[index] = function(x_BTD.to(self.device), keywords).cpu()
+    def update(self, function: Callable[[Tensor, dict[str, Any], Tensor | None], Tensor]) -> None:
+        """Replace each batch's signal x by function(x, keywords, mask), one batch at a time."""
+        for index, parts in enumerate(zip(self.batches, self.keywords, self.masks, strict=True)):
+            x_BTD, keywords, mask_BT = parts
+            self.batches[index] = function(x_BTD.to(self.device), keywords, mask_BT).cpu()
 
     def rows(self) -> Iterator[Tensor]:
         """Per batch, the signal of the real tokens in fp64, shape [tokens, D]."""
         for x_BTD, mask_BT in zip(self.batches, self.masks, strict=True):
-            yield (x_BTD.flatten(0, 1) if mask_BT is None else x_BTD[mask_BT.bool().cpu()]).to(self.device).double()
+            yield real_tokens(x_BTD, mask_BT).to(self.device).double()
+
+
+def real_tokens(x_BTW: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """What belongs to tokens that are no padding: [B, T, W] to [tokens, W]."""
+    return x_BTW.flatten(0, 1) if mask_BT is None else x_BTW[mask_BT.bool().to(x_BTW.device)]
