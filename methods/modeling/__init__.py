@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from methods.modeling.delta import load_delta as load_delta
     from methods.modeling.delta import save_delta as save_delta
     from methods.modeling.signals import Signals as Signals
+    from methods.modeling.signals import real_tokens as real_tokens
     from methods.modeling.structures.moe_inspect import describe_experts as describe_experts
     from methods.modeling.structures.moe_inspect import expert_ids as expert_ids
     from methods.modeling.structures.moe_mlp import convert_mlp as convert_mlp
     from methods.modeling.structures.moe_mlp import expert_record as expert_record
     from methods.modeling.structures.moe_mlp import set_experts as set_experts
     from methods.modeling.structures.narrow_attention import attention_record as attention_record
+    from methods.modeling.structures.narrow_attention import fold_value_bias as fold_value_bias
     from methods.modeling.structures.narrow_attention import narrow_heads as narrow_heads
     from methods.modeling.structures.narrow_attention import narrow_qk as narrow_qk
     from methods.modeling.structures.narrow_attention import narrow_vo as narrow_vo
@@ -43,12 +45,14 @@ _HOMES = {
     "load_delta": "delta",
     "save_delta": "delta",
     "Signals": "signals",
+    "real_tokens": "signals",
     "describe_experts": "structures.moe_inspect",
     "expert_ids": "structures.moe_inspect",
     "convert_mlp": "structures.moe_mlp",
     "expert_record": "structures.moe_mlp",
     "set_experts": "structures.moe_mlp",
     "attention_record": "structures.narrow_attention",
+    "fold_value_bias": "structures.narrow_attention",
     "narrow_heads": "structures.narrow_attention",
     "narrow_qk": "structures.narrow_attention",
     "narrow_vo": "structures.narrow_attention",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 from methods.modeling.decoder import DecoderLayer
 from methods.modeling.families import Family
@@ -40,7 +40,8 @@ class ReshapedAttention(nn.Module):
     """The first dimensions of a query, which rotate: first halves of the pairs, then second halves."""
     vo_width: int
     qk_index: Tensor | None
-    """The original number of every kept query dimension, int32 [w]; None when all are kept."""
+    """The original number of every kept query dimension, int32: [w], the same for all heads, or [J, w], of each key
+    head and the query heads that read it; None when all are kept."""
 
     def forward(
         self,
@@ -118,13 +119,21 @@ class ReshapedAttention(nn.Module):
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate the first r dimensions; cos and sin are [B, T, every rotated dimension of the dense head]."""
+        readers = self.num_key_value_groups
+        query = self._turn(query, self._kept(cos, readers), self._kept(sin, readers))
+        return query, self._turn(key, self._kept(cos, 1), self._kept(sin, 1))
+
+    def _kept(self, table: Tensor, readers: int) -> Tensor:
+        """The part of cos or sin that heads use of which so many read a key head, [B, 1 or heads, T, r]."""
+        if self.qk_index is None:
+            return table[:, None]
+        table = table[..., self.qk_index[..., : self.rotary_width]]
+        return table[:, None] if self.qk_index.ndim == 1 else table.transpose(1, 2).repeat_interleave(readers, 1)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         r = self.rotary_width
-        if self.qk_index is not None:
-            cos, sin = cos.index_select(-1, self.qk_index[:r]), sin.index_select(-1, self.qk_index[:r])
-        if r == self.qk_width:
-            return apply_rotary_pos_emb(query, key, cos, sin)
-        turned = apply_rotary_pos_emb(query[..., :r], key[..., :r], cos, sin)
-        return torch.cat((turned[0], query[..., r:]), -1), torch.cat((turned[1], key[..., r:]), -1)
+        turned = x[..., :r] * cos + rotate_half(x[..., :r]) * sin
+        return turned if r == self.qk_width else torch.cat((turned, x[..., r:]), -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         name = self.config._attn_implementation or "eager"
