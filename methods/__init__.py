@@ -9,13 +9,14 @@ import importlib
 import wrapt
 
 # One line per method: importing a method's module registers it.
-from methods import dense, random_structures, shortgpt, slicegpt, structured_magnitude, tomoe
+from methods import dense, modegpt, random_structures, shortgpt, slicegpt, structured_magnitude, tomoe
 from methods.registry import configure, get, names, register
 
 __all__ = [
     "configure",
     "dense",
     "get",
+    "modegpt",
     "names",
     "random_structures",
     "register",
