@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from methods.modeling.structures.narrow_attention import narrow_qk as narrow_qk
     from methods.modeling.structures.narrow_attention import narrow_vo as narrow_vo
     from methods.modeling.structures.narrow_mlp import narrow_mlp as narrow_mlp
+    from methods.modeling.structures.narrow_residual import narrow_residual as narrow_residual
+    from methods.modeling.structures.narrow_residual import stream_parts as stream_parts
     from methods.modeling.structures.removed_layers import keep_layers as keep_layers
     from methods.modeling.structures.rotated_residual import convert_layer as convert_layer
     from methods.modeling.structures.rotated_residual import replace_norm as replace_norm
@@ -57,6 +59,8 @@ _HOMES = {
     "narrow_qk": "structures.narrow_attention",
     "narrow_vo": "structures.narrow_attention",
     "narrow_mlp": "structures.narrow_mlp",
+    "narrow_residual": "structures.narrow_residual",
+    "stream_parts": "structures.narrow_residual",
     "keep_layers": "structures.removed_layers",
     "convert_layer": "structures.rotated_residual",
     "replace_norm": "structures.rotated_residual",
