@@ -9,17 +9,20 @@ import importlib
 import wrapt
 
 # One line per method: importing a method's module registers it.
-from methods import dense, random_structures, shortgpt, slicegpt, structured_magnitude, tomoe
+from methods import dense, llm_pruner, modegpt, random_structures, shortgpt, sleb, slicegpt, structured_magnitude, tomoe
 from methods.registry import configure, get, names, register
 
 __all__ = [
     "configure",
     "dense",
     "get",
+    "llm_pruner",
+    "modegpt",
     "names",
     "random_structures",
     "register",
     "shortgpt",
+    "sleb",
     "slicegpt",
     "structured_magnitude",
     "tomoe",

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Literal
 
 from methods import modeling
 from methods.base import Batch, Budget, Calibration, Context, Method, Prediction
-from methods.errors import UserError
+from methods.blocks import blocks_to_remove, predict_removal
+from methods.errors import nothing_to_measure, overflow
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
@@ -49,12 +50,7 @@ class ShortGPT(Method):
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction:
         """Blocks go whole: the size on the grid that is nearest to the ratio."""
-        prediction = _size(shape, blocks_to_remove(shape, budget), budget)
-        fewer = math.floor((1 - budget.ratio) * budget.dense(shape) / shape.layer)
-        near = [_size(shape, min(k, shape.layers - 1), budget) for k in (fewer, fewer + 1)]
-        ratios = [budget.achieved(size.active_total, size.active_block, shape) for size in near]
-        budget.require(self.name, prediction, shape, ratios)
-        return prediction
+        return predict_removal(self.name, shape, budget, shape.layers - 1)
 
     def compress(
         self,
@@ -69,7 +65,7 @@ class ShortGPT(Method):
             return model
         decoder = modeling.Decoder(model)
         self.predict(decoder.shape, budget)
-        count = blocks_to_remove(decoder.shape, budget)
+        count = blocks_to_remove(decoder.shape, budget, decoder.shape.layers - 1)
         steps = math.ceil(calibration.samples / context.batch_size)
         batches = context.progress.track(calibration.batches(context.batch_size), self.metric, steps)
         if self.metric == "block_influence":
@@ -77,18 +73,6 @@ class ShortGPT(Method):
         else:
             removed = nearest_run(last_token_states(decoder, batches), count)
         return modeling.keep_layers(model, [i for i in range(decoder.shape.layers) if i not in removed])
-
-
-def blocks_to_remove(shape: DecoderShape, budget: Budget) -> int:
-    """The number of blocks whose removal comes nearest to the budget; at least one block stays."""
-    surplus = (1 - budget.ratio) * budget.dense(shape)
-    return min(round(surplus / shape.layer), shape.layers - 1)
-
-
-def _size(shape: DecoderShape, removed: int, budget: Budget) -> Prediction:
-    gone = removed * shape.layer
-    step = shape.layer / budget.dense(shape)
-    return Prediction(active_total=shape.total - gone, active_block=shape.block - gone, grid_step=step)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -140,18 +124,10 @@ def last_token_states(decoder: Decoder, batches: Iterable[Batch]) -> Tensor:
     return torch.stack([torch.cat(windows) for windows in states])
 
 
-def nothing_to_measure() -> UserError:
-    """The error for an empty calibration text."""
-    return UserError("the calibration text is empty: there is nothing to measure. Use another --calibration.")
-
-
 def finite(scores: list[float]) -> list[float]:
     """The scores, which must all be numbers: an overflow would pick blocks at random."""
     if not all(map(math.isfinite, scores)):
-        raise UserError(
-            "the residual stream overflows on the calibration text, so blocks cannot be compared. "
-            "Use --dtype bfloat16 or float32."
-        )
+        raise overflow()
     return scores
 
 

@@ -22,7 +22,6 @@ since adding a multiple of the identity changes no eigenvector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +29,7 @@ from methods import modeling
 from methods.base import Budget, Calibration, Context, Method, Prediction
 from methods.errors import UserError
 from methods.lazy import torch
+from methods.linalg import Covariance
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from methods.modeling import Decoder, DecoderLayer
+    from methods.modeling import Decoder, DecoderLayer, Signals
 
 CHUNK = 8192
 """Rows of a matrix that are held in fp64 at a time."""
@@ -105,7 +105,7 @@ class SliceGPT(Method):
             fold_norms(decoder)
             generator = torch.Generator().manual_seed(context.seed)
             slicer = Slicer(decoder.shape.hidden, width, generator if self.orientation == "random" else None)
-            rotate_and_slice(decoder, slicer, Signals.of(decoder, calibration, context.batch_size), context)
+            rotate_and_slice(decoder, slicer, modeling.Signals.of(decoder, calibration, context.batch_size), context)
         return modeling.rebuild(model, {"rotated_residual": {"width": width}}, tie_word_embeddings=False)
 
 
@@ -168,38 +168,6 @@ def _fold(norm: nn.Module, readers: list[nn.Linear]) -> None:
 
 
 @dataclass(frozen=True)
-class Signals:
-    """The residual stream at one point of the network, for all calibration batches, kept on the CPU."""
-
-    batches: list[Tensor]
-    """Per batch: the signal, shape [B, T, D]."""
-    keywords: list[dict[str, Any]]
-    """Per batch: what every block is called with beside the signal."""
-    masks: list[Tensor | None]
-    """Per batch: True where a token is real, shape [B, T]; None when all are."""
-    device: torch.device
-
-    @classmethod
-    def of(cls, decoder: Decoder, calibration: Calibration, batch_size: int) -> Signals:
-        """What enters the first block."""
-        signals = cls([], [], [batch.mask for batch in calibration.batches(batch_size)], decoder.model.device)
-        for x_BTD, keywords in modeling.layer_calls(decoder, calibration.batches(batch_size)):
-            signals.batches.append(x_BTD.cpu())
-            signals.keywords.append(keywords)
-        return signals
-
-    def update(self, function: Callable[[Tensor, dict[str, Any]], Tensor]) -> None:
-        """Replace each batch's signal x by function(x, keywords), one batch at a time."""
-        for index, (x_BTD, keywords) in enumerate(zip(self.batches, self.keywords, strict=True)):
-            self.batches[index] = function(x_BTD.to(self.device), keywords).cpu()
-
-    def rows(self) -> Iterator[Tensor]:
-        """Per batch, the signal of the real tokens in fp64, shape [tokens, D]."""
-        for x_BTD, mask_BT in zip(self.batches, self.masks, strict=True):
-            yield (x_BTD.flatten(0, 1) if mask_BT is None else x_BTD[mask_BT.bool().cpu()]).to(self.device).double()
-
-
-@dataclass(frozen=True)
 class Slicer:
     """Step 2's arithmetic: bases and cuts, in fp64."""
 
@@ -210,19 +178,11 @@ class Slicer:
 
     def basis(self, signals: Signals) -> Tensor:
         """Q [D, D]: orthonormal columns, principal components of the signals, largest first."""
-        H = torch.zeros(self.hidden, self.hidden, dtype=torch.float64, device=signals.device)
-        tokens = 0
+        covariance = Covariance(self.hidden, signals.device)
         for rows in signals.rows():
-            H += rows.T @ rows
-            tokens += len(rows)
-        if tokens < self.width:
-            raise UserError(
-                f"{tokens} calibration tokens cannot span {self.width} principal components. "
-                "Use a longer calibration text or a larger --budget."
-            )
-        if not H.isfinite().all():
-            raise UserError("the residual stream overflows on the calibration text. Use --dtype bfloat16 or float32.")
-        Q = torch.linalg.eigh(H)[1].flip(1)
+            covariance.add(rows)
+        covariance.require_rank(self.width)
+        Q = torch.linalg.eigh(covariance.sum)[1].flip(1)
         if self.generator is not None:
             gaussian = torch.randn(self.width, self.width, dtype=torch.float64, generator=self.generator)
             Q[:, : self.width] = Q[:, : self.width] @ torch.linalg.qr(gaussian)[0].to(Q.device)
@@ -274,14 +234,14 @@ def slice_sequential(layer: DecoderLayer, Q: Tensor, slicer: Slicer, signals: Si
 
     read_in_basis(layer.attention_inputs, Q, d)
     block.shortcut_attention = torch.nn.Parameter(Q[:, :d].T.to(dtype).contiguous())
-    signals.update(lambda x, kwargs: block.attention_half(slicer.cut(x, Q), **kwargs))
+    signals.update(lambda x, kwargs, mask: block.attention_half(slicer.cut(x, Q), **kwargs))
     Q_mid = slicer.basis(signals)
     write_in_basis(layer.attention_output, Q_mid, d)
     block.shortcut_attention = torch.nn.Parameter((Q[:, :d].T @ Q_mid[:, :d]).to(dtype))
 
     read_in_basis(layer.mlp_inputs, Q_mid, d)
     block.shortcut_mlp = torch.nn.Parameter(Q_mid[:, :d].T.to(dtype).contiguous())
-    signals.update(lambda h, kwargs: block.mlp_half(slicer.cut(h, Q_mid)))
+    signals.update(lambda h, kwargs, mask: block.mlp_half(slicer.cut(h, Q_mid)))
     Q_out = slicer.basis(signals)
     write_in_basis(layer.mlp_output, Q_out, out)
     block.shortcut_mlp = torch.nn.Parameter((Q_mid[:, :d].T @ Q_out[:, :out]).to(dtype))
@@ -294,7 +254,7 @@ def slice_parallel(layer: DecoderLayer, Q: Tensor, slicer: Slicer, signals: Sign
     block: Any = modeling.convert_layer(layer, slicer.hidden)
     read_in_basis(layer.attention_inputs + layer.mlp_inputs, Q, d)
     block.shortcut_mlp = torch.nn.Parameter(Q[:, :d].T.to(dtype).contiguous())
-    signals.update(lambda x, kwargs: block(slicer.cut(x, Q), **kwargs))
+    signals.update(lambda x, kwargs, mask: block(slicer.cut(x, Q), **kwargs))
     Q_out = slicer.basis(signals)
     write_in_basis(layer.attention_output, Q_out, out)
     write_in_basis(layer.mlp_output, Q_out, out)

@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     from methods.modeling.decoder import watch_layers as watch_layers
     from methods.modeling.delta import load_delta as load_delta
     from methods.modeling.delta import save_delta as save_delta
+    from methods.modeling.signals import Signals as Signals
+    from methods.modeling.signals import real_tokens as real_tokens
     from methods.modeling.structures.moe_inspect import describe_experts as describe_experts
     from methods.modeling.structures.moe_inspect import expert_ids as expert_ids
     from methods.modeling.structures.moe_mlp import convert_mlp as convert_mlp
     from methods.modeling.structures.moe_mlp import expert_record as expert_record
     from methods.modeling.structures.moe_mlp import set_experts as set_experts
     from methods.modeling.structures.narrow_attention import attention_record as attention_record
+    from methods.modeling.structures.narrow_attention import fold_value_bias as fold_value_bias
     from methods.modeling.structures.narrow_attention import narrow_heads as narrow_heads
     from methods.modeling.structures.narrow_attention import narrow_qk as narrow_qk
     from methods.modeling.structures.narrow_attention import narrow_vo as narrow_vo
     from methods.modeling.structures.narrow_mlp import narrow_mlp as narrow_mlp
+    from methods.modeling.structures.narrow_residual import narrow_residual as narrow_residual
+    from methods.modeling.structures.narrow_residual import stream_parts as stream_parts
     from methods.modeling.structures.removed_layers import keep_layers as keep_layers
     from methods.modeling.structures.rotated_residual import convert_layer as convert_layer
     from methods.modeling.structures.rotated_residual import replace_norm as replace_norm
@@ -41,16 +46,21 @@ _HOMES = {
     "watch_layers": "decoder",
     "load_delta": "delta",
     "save_delta": "delta",
+    "Signals": "signals",
+    "real_tokens": "signals",
     "describe_experts": "structures.moe_inspect",
     "expert_ids": "structures.moe_inspect",
     "convert_mlp": "structures.moe_mlp",
     "expert_record": "structures.moe_mlp",
     "set_experts": "structures.moe_mlp",
     "attention_record": "structures.narrow_attention",
+    "fold_value_bias": "structures.narrow_attention",
     "narrow_heads": "structures.narrow_attention",
     "narrow_qk": "structures.narrow_attention",
     "narrow_vo": "structures.narrow_attention",
     "narrow_mlp": "structures.narrow_mlp",
+    "narrow_residual": "structures.narrow_residual",
+    "stream_parts": "structures.narrow_residual",
     "keep_layers": "structures.removed_layers",
     "convert_layer": "structures.rotated_residual",
     "replace_norm": "structures.rotated_residual",

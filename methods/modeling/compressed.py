@@ -35,6 +35,7 @@ from methods.modeling.structures import (
     moe_mlp,
     narrow_attention,
     narrow_mlp,
+    narrow_residual,
     removed_layers,
     rotated_residual,
     topk_values,
@@ -43,6 +44,7 @@ from methods.modeling.structures import (
 STRUCTURES: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
     removed_layers.NAME: lambda model, record: None,  # `num_hidden_layers` says it all
     rotated_residual.NAME: rotated_residual.apply,
+    narrow_residual.NAME: narrow_residual.apply,
     narrow_mlp.NAME: narrow_mlp.apply,
     moe_mlp.NAME: moe_mlp.apply,
     narrow_attention.NAME: narrow_attention.apply,

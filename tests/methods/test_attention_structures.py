@@ -2,11 +2,12 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import flash_attention
 
 from methods import modeling
@@ -14,7 +15,15 @@ from methods.errors import UserError
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
 from methods.modeling.structures.attention import ReshapedAttention, reshape_attention
-from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, logits, some_ids, tiny_model
+from tests.methods.tiny import (
+    CONFIGS,
+    ONE_PER_FAMILY,
+    assert_cache_changes_nothing,
+    logits,
+    some_ids,
+    tiny_config,
+    tiny_model,
+)
 
 SMALL = {"num_hidden_layers": 2}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -107,7 +116,9 @@ def rotated(x_BTHh: Tensor, rotary: int, theta: float) -> Tensor:
 
 
 @torch.no_grad()
-def naive_attention(layer: modeling.DecoderLayer, shape: DecoderShape, x_BTD: Tensor, kept: list[int]) -> Tensor:
+def naive_attention(
+    layer: modeling.DecoderLayer, shape: DecoderShape, x_BTD: Tensor, kept_J: list[list[int]]
+) -> Tensor:
     """Dense attention with queries and keys masked *after* the rotation, head by head."""
     query, key, value = (linear(x_BTD).unflatten(-1, (-1, shape.head_dim)) for linear in layer.attention_inputs)
     theta = (getattr(layer.attention.config, "rope_parameters", None) or {}).get("rope_theta", 1.0)
@@ -116,20 +127,33 @@ def naive_attention(layer: modeling.DecoderLayer, shape: DecoderShape, x_BTD: Te
     attended = []
     for head in range(shape.heads):
         j = head // (shape.heads // shape.kv_heads)
-        scores = query[:, :, head, kept] @ key[:, :, j, kept].mT / math.sqrt(shape.head_dim)
+        scores = query[:, :, head, kept_J[j]] @ key[:, :, j, kept_J[j]].mT / math.sqrt(shape.head_dim)
         attended.append(scores.masked_fill(~causal, -math.inf).softmax(-1) @ value[:, :, j])
     return layer.attention_output(torch.cat(attended, -1))
 
 
+def some_qk_per_head(shape: DecoderShape) -> list[list[int]]:
+    """Half of the pairs and half of the other dimensions, other ones for every key head."""
+    generator = torch.Generator().manual_seed(0)
+    kept = []
+    for _ in range(shape.kv_heads):
+        pairs = torch.randperm(shape.rotary // 2, generator=generator)[: shape.rotary // 4].tolist()
+        singles = torch.randperm(shape.head_dim - shape.rotary, generator=generator)[: (shape.head_dim + 1) // 4]
+        kept.append([*pairs, *(pair + shape.rotary // 2 for pair in pairs), *(singles + shape.rotary).tolist()])
+    return kept
+
+
+@pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "qwen3"])
-def test_narrow_queries_equal_masking_after_the_rotation(name: str) -> None:
+def test_narrow_queries_equal_masking_after_the_rotation(name: str, per_head: bool) -> None:
     """Which needs the frequencies of the kept dimensions and the scale of the whole head."""
     model = tiny_model(name, **SMALL)
     layer, shape = layers_of(model)[0], modeling.Decoder(model).shape
-    x, kept = torch.randn(2, 9, shape.hidden, dtype=torch.float64), some_qk(shape, 5)
-    expected = naive_attention(layer, shape, x, kept)
+    x = torch.randn(2, 9, shape.hidden, dtype=torch.float64)
+    kept_J = some_qk_per_head(shape) if per_head else [some_qk(shape, 5)] * shape.kv_heads
+    expected = naive_attention(layer, shape, x, kept_J)
     angles = None if shape.rotary == 0 else model.model.rotary_emb(x, torch.arange(9)[None])  # type: ignore[operator]
-    modeling.narrow_qk(layer, shape, kept)
+    modeling.narrow_qk(layer, shape, torch.tensor(kept_J) if per_head else kept_J[0])
     actual = layer.attention(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)  # the stock angles are rounded to fp32
 
@@ -163,6 +187,56 @@ def test_flash_kernels_get_one_width(name: str, narrow_values: bool, monkeypatch
     torch.testing.assert_close(logits(model), expected)
 
 
+def narrow_per_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Every key head narrowed in its own way, biases of values folded, one layer left alone; rebuilt."""
+    shape = modeling.Decoder(model).shape
+    layer = layers_of(model)[1]
+    if not shape.qk_norm:
+        modeling.narrow_qk(layer, shape, torch.tensor(some_qk_per_head(shape)))
+    modeling.fold_value_bias(layer)
+    modeling.narrow_vo(layer, shape, some_vo(shape, 0))
+    return modeling.rebuild(model, {"narrow_attention": modeling.attention_record(model)})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_heads_of_their_own_and_folded_biases_come_back_from_disk(name: str, tmp_path: Path) -> None:
+    model = narrow_per_head(tiny_model(name, dtype=torch.float32, **SMALL))
+    shape = DecoderShape.from_config(tiny_config(name, **SMALL).to_dict())
+    first, second = model.config.compression["structures"]["narrow_attention"]["layers"]
+    assert first is None and (second["per_head"], second["folded"]) == (not shape.qk_norm, shape.qkv_bias)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert logits(loaded).equal(logits(model))
+    assert_cache_changes_nothing(loaded)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folded_bias_is_the_same_function(name: str) -> None:
+    model = tiny_model(name, **SMALL)
+    expected, dense = logits(model), modeling.Decoder(model).shape
+    for layer in layers_of(model):
+        modeling.fold_value_bias(layer)
+        assert layer.attention_inputs[2].bias is None
+    model = modeling.rebuild(model, {"narrow_attention": modeling.attention_record(model)})
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    added = dense.hidden * (dense.qkv_bias and not dense.output_bias) - dense.kv_width * dense.qkv_bias
+    assert footprint(model).active_total == dense.total + 2 * added
+
+
+def test_heads_with_dimensions_of_their_own_can_go() -> None:
+    model = tiny_model("llama-gqa", **SMALL)
+    layer, shape = layers_of(model)[0], modeling.Decoder(model).shape
+    x, kept_J = torch.randn(2, 9, shape.hidden, dtype=torch.float64), some_qk_per_head(shape)
+    angles = model.model.rotary_emb(x, torch.arange(9)[None])  # type: ignore[operator]
+    layer.attention_output.weight.data[:, :16] = 0  # the readers of the head that goes
+    expected = naive_attention(layer, shape, x, kept_J)
+    modeling.narrow_qk(layer, shape, torch.tensor(kept_J))
+    modeling.narrow_heads(layer, shape, [1])
+    actual = layer.attention(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_cache_is_as_narrow_as_the_heads(name: str) -> None:
     model = tiny_model(name, **SMALL)
@@ -180,6 +254,9 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
             modeling.narrow_qk(layer, shape, dims)
     with pytest.raises(UserError, match="each once"):
         modeling.narrow_heads(layer, shape, [1, 1])
+    for rows, message in [([[0, 2], [4, 5], [4, 5], [4, 5]], "different numbers of rotary"), ([[4]], "of 1 heads")]:
+        with pytest.raises(UserError, match=message):
+            modeling.narrow_qk(layer, shape, torch.tensor(rows))
     modeling.narrow_qk(layer, shape, [5])
     with pytest.raises(UserError, match="queries and keys of this layer are 1 wide already, of 8"):
         modeling.narrow_qk(layer, shape, [6])
@@ -191,6 +268,8 @@ def test_what_cannot_be_narrowed_is_refused() -> None:
     modeling.convert_values(layers_of(model)[1], modeling.ValueSelector(32, 4, 8), 1, modeling.ValueRule())
     with pytest.raises(UserError, match="chosen per token already"):
         modeling.narrow_vo(layers_of(model)[1], shape, [1])
+    with pytest.raises(UserError, match="Fold their bias first"):
+        modeling.fold_value_bias(layers_of(model)[1])
     normed = tiny_model("qwen3", **SMALL)
     with pytest.raises(UserError, match=r"qwen3 model normalises .* all 16 dimensions of a head.*asked: 2"):
         modeling.narrow_qk(layers_of(normed)[0], modeling.Decoder(normed).shape, [1, 9])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from methods import modeling
 from methods.base import Batch, Budget, Context
+from methods.blocks import blocks_to_remove
 from methods.errors import UserError
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
@@ -22,7 +23,6 @@ from methods.shortgpt import (
     ShortGPT,
     angular_distance,
     block_influence,
-    blocks_to_remove,
     cosine,
     last_token_states,
     least_influential,
@@ -170,7 +170,7 @@ def test_generation_with_cache_equals_without(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(("ratio", "removed"), [(0.79, 7), (0.73, 9), (0.70, 10), (0.61, 13), (0.5, 17)])
 def test_blocks_removed_from_llama_2_7b(ratio: float, removed: int) -> None:
     shape = DecoderShape.from_config(LLAMA_2_7B)
-    assert blocks_to_remove(shape, Budget(ratio=ratio)) == removed
+    assert blocks_to_remove(shape, Budget(ratio=ratio), most=31) == removed
     assert ShortGPT().predict(shape, Budget(ratio=ratio)).active_total == shape.total - removed * shape.layer
 
 

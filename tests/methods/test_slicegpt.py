@@ -13,11 +13,11 @@ import methods
 from methods import modeling
 from methods.base import Batch, Budget, Context
 from methods.errors import UserError
-from methods.modeling import DecoderLayer
+from methods.modeling import DecoderLayer, Signals
 from methods.modeling.config import compressed_config
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
-from methods.slicegpt import Signals, SliceGPT, Slicer, fold_norms, sliced_size
+from methods.slicegpt import SliceGPT, Slicer, fold_norms, sliced_size
 from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, RandomCalibration, logits, some_ids, tiny_config, tiny_model
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

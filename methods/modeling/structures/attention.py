@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.utils.generic import is_flash_attention_requested
 
 from methods.modeling.decoder import DecoderLayer
@@ -42,7 +42,8 @@ class ReshapedAttention(nn.Module):
     """The first dimensions of a query, which rotate: first halves of the pairs, then second halves."""
     vo_width: int
     qk_index: Tensor | None
-    """The original number of every kept query dimension, int32 [w]; None when all are kept."""
+    """The original number of every kept query dimension, int32: [w], the same for all heads, or [J, w], of each key
+    head and the query heads that read it; None when all are kept."""
 
     def forward(
         self,
@@ -120,13 +121,26 @@ class ReshapedAttention(nn.Module):
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate the first r dimensions; cos and sin are [B, T, every rotated dimension of the dense head]."""
+        cos, sin = self._kept(cos), self._kept(sin)
+        query = self._turn(query, self._for_readers(cos), self._for_readers(sin))
+        return query, self._turn(key, cos, sin)
+
+    def _kept(self, table_BTd: Tensor) -> Tensor:
+        """The part of cos or sin that key heads use, [B, 1 where they all use the same and J otherwise, T, r]."""
+        if self.qk_index is None:
+            return table_BTd[:, None]
+        if self.qk_index.ndim == 1:
+            return table_BTd.index_select(-1, self.qk_index[: self.rotary_width])[:, None]
+        return table_BTd[..., self.qk_index[:, : self.rotary_width]].transpose(1, 2)
+
+    def _for_readers(self, table: Tensor) -> Tensor:
+        """The same for query heads."""
+        return table if table.shape[1] == 1 else table.repeat_interleave(self.num_key_value_groups, 1)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         r = self.rotary_width
-        if self.qk_index is not None:
-            cos, sin = cos.index_select(-1, self.qk_index[:r]), sin.index_select(-1, self.qk_index[:r])
-        if r == self.qk_width:
-            return apply_rotary_pos_emb(query, key, cos, sin)
-        turned = apply_rotary_pos_emb(query[..., :r], key[..., :r], cos, sin)
-        return torch.cat((turned[0], query[..., r:]), -1), torch.cat((turned[1], key[..., r:]), -1)
+        turned = x[..., :r] * cos + rotate_half(x[..., :r]) * sin
+        return turned if r == self.qk_width else torch.cat((turned, x[..., r:]), -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         short = value.shape[-1] - query.shape[-1]
