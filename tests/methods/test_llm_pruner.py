@@ -1,4 +1,4 @@
-"""LLM-Pruner: kept sets by loops over heads and channels, planted groups, published counts, contracts."""
+"""LLM-Pruner: kept sets by loops over heads and channels, published counts, contracts."""
 
 import dataclasses
 from pathlib import Path
@@ -12,21 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from methods import modeling
-from methods.allocation import Scores, allocate, everything
-from methods.base import Budget, Context, Silent
+from methods.allocation import allocate, everything
+from methods.base import Budget, Context
 from methods.errors import UserError
-from methods.gradients import gradient_moments, snippets
-from methods.importance import Importance
-from methods.llm_pruner import (
-    REDUCTIONS,
-    LLMPruner,
-    block_scores,
-    global_choice,
-    part_way,
-    spread,
-    stream_scores,
-    stream_width,
-)
+from methods.gradients import snippets
+from methods.llm_pruner import LLMPruner, part_way, stream_width
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
 from tests.methods.test_floor import dense_shape
@@ -72,30 +62,28 @@ def gradients(model: PreTrainedModel, ids: Tensor) -> dict[int, tuple[Tensor, Te
 def naive_scores(layer: modeling.DecoderLayer, shape: DecoderShape, found: dict, measure: str) -> tuple[list, list]:
     """Sums over the members of every head group and of every channel, by loops; `sum` is the reduction."""
 
-    def score(linear: Any, index: Any) -> float:
-        w, (g, f) = linear.weight.detach()[index], (moment[index] for moment in found[id(linear.weight)])
-        signed = {"vectorize": w * g, "param_first": (w * g).abs(), "param_mix": (w * g - w * w * f / 2).abs()}[measure]
-        total = float(signed.sum())
-        if linear.bias is not None and not isinstance(index, tuple):
-            w, (g, f) = linear.bias.detach()[index], (moment[index] for moment in found[id(linear.bias)])
-            signed = {"vectorize": w * g, "param_first": (w * g).abs(), "param_mix": (w * g - w * w * f / 2).abs()}
-            total += float(signed[measure])
-        return abs(total)
+    def each(parameter: Any, index: Any) -> Tensor:
+        w, (g, f) = parameter.detach()[index], (moment[index] for moment in found[id(parameter)])
+        return {"vectorize": w * g, "param_first": (w * g).abs(), "param_mix": (w * g - w * w * f / 2).abs()}[measure]
+
+    def row(linear: Any, index: int) -> float:
+        bias = 0 if linear.bias is None else each(linear.bias, index)
+        return abs(float(each(linear.weight, index).sum() + bias))
 
     def column(linear: Any, index: int) -> float:
-        return score(linear, (slice(None), index))
+        return abs(float(each(linear.weight, (slice(None), index)).sum()))
 
     q, k, v = layer.attention_inputs
     groups = [0.0] * shape.kv_heads
     for head in range(shape.heads):
         j = head // (shape.heads // shape.kv_heads)
         places = range(head * shape.head_dim, (head + 1) * shape.head_dim)
-        groups[j] += sum(score(q, place) + column(layer.attention_output, place) for place in places)
+        groups[j] += sum(row(q, place) + column(layer.attention_output, place) for place in places)
     for j in range(shape.kv_heads):
         places = range(j * shape.head_dim, (j + 1) * shape.head_dim)
-        groups[j] += sum(score(k, place) + score(v, place) for place in places)
+        groups[j] += sum(row(k, place) + row(v, place) for place in places)
     inputs = layer.mlp_inputs
-    channels = [sum(score(w, c) for w in inputs) + column(layer.mlp_output, c) for c in range(shape.mlp_width)]
+    channels = [sum(row(w, c) for w in inputs) + column(layer.mlp_output, c) for c in range(shape.mlp_width)]
     return groups, channels
 
 
@@ -127,61 +115,6 @@ def test_pruning_equals_silencing_the_lowest_groups(name: str, measure: str) -> 
     pruned = compress(tiny_model(name), ratio, importance=measure, **MIDDLE)
     torch.testing.assert_close(logits(pruned), expected, rtol=1e-9, atol=1e-9)
     assert (logits(tiny_model(name)) - expected).abs().max() > 1e-3
-
-
-def importance_of(model: PreTrainedModel, measure: Any = "param_first") -> Importance:
-    found = gradient_moments(model, list(model.parameters()), samples(), Silent(), squares=True)
-    return Importance(measure, found, torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("measure", ["vectorize", "param_first", "param_second", "param_mix"])
-@pytest.mark.parametrize("name", ONE_PER_FAMILY)
-def test_a_channel_that_writes_nothing_goes_first(name: str, measure: str) -> None:
-    model = tiny_model(name)
-    layer = modeling.Decoder(model).layers[1]
-    layer.mlp_output.weight.data[:, 17] = 0
-    shape = modeling.Decoder(model).shape
-    head, readers = shape.head_dim, shape.heads // shape.kv_heads
-    layer.attention_output.weight.data[:, -head * readers :] = 0
-    scores = block_scores(layer, head, importance_of(model, measure), REDUCTIONS["sum"])
-    assert scores.channels[17] == 0 and (scores.channels > 0).sum() > 40  # some of OPT's are dead by themselves
-    assert scores.groups.argmin() == len(scores.groups) - 1
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "llama-mqa"])
-def test_query_heads_belong_to_the_key_head_they_read(name: str) -> None:
-    """A gradient that only a query head has shows in the group of key head floor(h / r)."""
-    model = tiny_model(name)
-    decoder = modeling.Decoder(model)
-    shape, layer = decoder.shape, decoder.layers[0]
-    readers = shape.heads // shape.kv_heads
-    zero = {p: torch.zeros_like(p) for p in model.parameters()}
-    for head in range(shape.heads):
-        gradient = torch.zeros_like(layer.attention_inputs[0].weight)
-        gradient[head * shape.head_dim : (head + 1) * shape.head_dim] = 1
-        moments = {p: (z, z) for p, z in zero.items()} | {layer.attention_inputs[0].weight: (gradient, gradient)}
-        importance = Importance("param_first", moments, torch.Generator())  # type: ignore[arg-type]
-        groups = block_scores(layer, shape.head_dim, importance, REDUCTIONS["sum"]).groups
-        assert groups.nonzero().flatten().tolist() == [head // readers]
-
-
-@pytest.mark.parametrize(
-    ("reduction", "combine"),
-    [("sum", sum), ("mean", lambda x: sum(x) / len(x)), ("max", max), ("first", lambda x: x[0]), ("prod", None)],
-)
-def test_reductions_of_a_channels_members(reduction: Any, combine: Any) -> None:
-    combine = combine or (lambda x: x[0] * x[1] * x[2])
-    model = tiny_model("llama-mha")
-    layer, importance = modeling.Decoder(model).layers[1], importance_of(model)
-    gate, up = (importance.rows(linear).tolist() for linear in layer.mlp_inputs)
-    members = list(zip(gate, up, importance.columns(layer.mlp_output).tolist(), strict=True))
-    scores = block_scores(layer, 8, importance, REDUCTIONS[reduction])
-    assert scores.channels.tolist() == pytest.approx([combine(three) for three in members])
-    q, k, v = (importance.rows(linear).tolist() for linear in layer.attention_inputs)
-    four = list(zip(q, k, v, importance.columns(layer.attention_output).tolist(), strict=True))
-    if reduction != "prod":
-        heads = [sum(combine(dim) for dim in four[h * 8 : h * 8 + 8]) for h in range(4)]
-        assert scores.groups.tolist() == pytest.approx(heads)
 
 
 def test_the_published_count() -> None:
@@ -262,31 +195,6 @@ def test_half_precision_is_scored_in_full() -> None:
     assert pruned.dtype == torch.bfloat16 and logits(pruned).isfinite().all()
 
 
-scores_of_blocks = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=4)
-
-
-@given(scores=scores_of_blocks, data=st.data())
-def test_spread_keeps_the_highest_and_one_of_each(scores: list[list[int]], data: st.DataObject) -> None:
-    total = sum(map(len, scores))
-    count = data.draw(st.integers(len(scores), total))
-    found = [part.tolist() for part in spread([torch.tensor(part, dtype=torch.float64) for part in scores], count)]
-    assert sum(map(len, found)) == count and all(found)
-    must = {(b, part.index(max(part))) for b, part in enumerate(scores)}
-    free = [(b, i) for b, part in enumerate(scores) for i in range(len(part)) if (b, i) not in must]
-    free.sort(key=lambda place: -scores[place[0]][place[1]])
-    expected = must | set(free[: count - len(must)])
-    assert {(b, i) for b, places in enumerate(found) for i in places} == expected
-
-
-def test_global_ranking_takes_more_where_scores_are_low() -> None:
-    low, high = (Scores(x * torch.arange(1.0, 5), x * torch.arange(1.0, 49)) for x in (0.01, 1))
-    shape = dense_shape("llama-mha")
-    allocation = dataclasses.replace(everything(shape, range(2)), groups=2, total_channels=50)
-    weak, strong = global_choice([low, high], allocation)
-    assert weak.groups.tolist() == [3] and strong.groups.tolist() == [1, 2, 3]
-    assert weak.channels.tolist() == [46, 47] and strong.channels.tolist() == list(range(48))
-
-
 def test_steps_lead_to_the_same_size_and_measure_anew() -> None:
     shape = dense_shape("llama-gqa")
     goal = allocate(shape, Budget(ratio=0.6))
@@ -307,31 +215,6 @@ def test_no_width_of_the_stream_is_nearer(ratio: float, basis: Any, name: str) -
         d: abs(budget.dense(dataclasses.replace(shape, hidden=d)) - ratio * budget.dense(shape)) for d in range(1, 33)
     }
     assert missed[stream_width(shape, budget)] <= min(missed.values()) + 1e-6
-
-
-def test_stream_channels_score_all_that_reads_and_writes_them() -> None:
-    model = tiny_model("phi")
-    importance, decoder = importance_of(model), modeling.Decoder(model)
-    total = importance.columns(decoder.embeddings[0]) + importance.columns(decoder.head)
-    total += importance.rows(decoder.final_norm)
-    for layer in decoder.layers:
-        total += importance.rows(layer.attention_norm)
-        for reader in layer.attention_inputs + layer.mlp_inputs:
-            total += importance.columns(reader)
-        total += importance.rows(layer.attention_output) + importance.rows(layer.mlp_output)
-    torch.testing.assert_close(stream_scores(decoder, importance, REDUCTIONS["sum"]), total)
-
-
-def test_a_dead_stream_channel_goes_first() -> None:
-    model = tiny_model("llama-mha")
-    decoder = modeling.Decoder(model)
-    parts = modeling.stream_parts(decoder)
-    for reader in parts.readers:
-        reader.weight.data[:, 11] = 0
-    for writer in parts.writers:
-        writer.weight.data[11] = 0
-    scores = stream_scores(decoder, importance_of(model), REDUCTIONS["sum"])
-    assert scores[11] == 0 and scores.argmin() == 11
 
 
 @pytest.mark.parametrize(
