@@ -146,7 +146,7 @@ class LLMPruner(Method):
 
             if step > 1:
                 return measure()
-            return remembered(context, calibration, "importance", measure, **dataclasses.asdict(self))
+            return remembered(context, calibration, "importance scores", measure, **dataclasses.asdict(self))
 
         prune = self._prune_blocks if self.mode == "block" else self._prune_stream
         return prune(decoder, decoder.shape, budget, scoring)
