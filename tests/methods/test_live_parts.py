@@ -1,4 +1,4 @@
-"""What dies with dead rows and columns: by loops, and by logits of every family; packing; the choice of the cheapest."""
+"""What dies with dead rows and columns, by loops and by logits of every family; packing; choosing the cheapest."""
 
 from pathlib import Path
 
@@ -35,7 +35,9 @@ def generator(seed: int) -> torch.Generator:
 
 def lots(blocks: list[Block], draw: torch.Generator) -> list[Block]:
     """A number for every row and column."""
-    return [{role: Part(*(torch.rand(len(s), generator=draw) for s in part)) for role, part in b.items()} for b in blocks]
+    return [
+        {role: Part(*(torch.rand(len(s), generator=draw) for s in part)) for role, part in b.items()} for b in blocks
+    ]
 
 
 def removal(alive: list[Block], shape: DecoderShape, share: float, draw: torch.Generator) -> list[Block]:
@@ -164,15 +166,26 @@ def test_the_cheapest_go_and_no_other_number_of_them_is_nearer(data: st.DataObje
 
     goal = data.draw(st.integers(0, left([{"up": Part(~b["up"].rows, ~b["up"].columns)} for b in blocks])))
     gone, threshold = cheapest(costs, stay, left, goal)
-    flat = [float(n) for b, k in zip(costs, stay, strict=True) for side, s in zip(b["up"], k["up"], strict=True)
-            for n, held in zip(side, s, strict=True) if not held and n < torch.inf]
+    flat = [
+        float(n)
+        for b, k in zip(costs, stay, strict=True)
+        for side, s in zip(b["up"], k["up"], strict=True)
+        for n, held in zip(side, s, strict=True)
+        if not held and n < torch.inf
+    ]
     sizes_by_count = []
     for count in range(len(flat) + 1):
         limit = sorted(flat)[count - 1] if count else -1.0
-        choice = [{"up": Part(*((n <= limit) & ~s for n, s in zip(b["up"], k["up"], strict=True)))}
-                  for b, k in zip(costs, stay, strict=True)]
+        choice = [
+            {"up": Part(*((n <= limit) & ~s for n, s in zip(b["up"], k["up"], strict=True)))}
+            for b, k in zip(costs, stay, strict=True)
+        ]
         sizes_by_count.append(left(choice))
     assert abs(left(gone) - goal) == min(abs(size - goal) for size in sizes_by_count)
-    taken = [float(n) for b, g in zip(costs, gone, strict=True) for side, f in zip(b["up"], g["up"], strict=True)
-             for n in side[f]]
+    taken = [
+        float(n)
+        for b, g in zip(costs, gone, strict=True)
+        for side, f in zip(b["up"], g["up"], strict=True)
+        for n in side[f]
+    ]
     assert sorted(taken) == sorted(flat)[: len(taken)] and threshold == max(taken, default=0.0)
