@@ -74,10 +74,16 @@ class Surgery:
         return self._rows[1] or self._columns[1]
 
     def costs(self) -> tuple[Tensor, Tensor]:
-        """Of every row [R] and column [C]: by how much the loss grows when it alone goes and the others make up."""
+        """Of every row [R] and column [C]: by how much the loss grows when it alone goes and the others make up.
+
+        Raises:
+            UserError: one is not finite.
+        """
         W_RC, G_RR, A_CC = self.weight_RC, self.outputs_RR, self.inputs_CC
         row_R = ((W_RC @ A_CC) * W_RC).sum(1) / self._rows[0].diagonal() / 2
         column_C = ((G_RR @ W_RC) * W_RC).sum(0) / self._columns[0].diagonal() / 2
+        if not (row_R.isfinite().all() and column_C.isfinite().all()):
+            raise overflow()
         return row_R * (G_RR.diagonal() > 0), column_C * (A_CC.diagonal() > 0)
 
     def remove(self, rows: Tensor, columns: Tensor, update: Update, at_once: int) -> Tensor:

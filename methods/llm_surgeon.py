@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from methods import modeling
@@ -105,8 +106,12 @@ class LLMSurgeon(Method):
         with full_precision(model), only_gradients_of(model, []), torch.no_grad():
             patient = Patient(self, model, context.scratch / "llm-surgeon.safetensors", identity)
             patient.resume()
-            for shot in range(len(patient.history) + 1, self.shots + 1):
-                patient.operate(texts, _between(_prunable(shape), goal, shot / self.shots), context)
+            to_do, passes = range(len(patient.history) + 1, self.shots + 1), max(1, 2 * self.power_iterations)
+            windows = [text for _ in to_do for _ in range(passes) for text in texts]
+            stream = context.progress.track(windows, "surgery", len(windows))
+            for shot in to_do:
+                size = _between(_prunable(shape), goal, shot / self.shots)
+                patient.operate([islice(stream, len(texts)) for _ in range(passes)], size)
                 patient.save()
         _notes(
             context, patient.history, sum(map(len, texts)), max(shape.hidden, shape.mlp_width, shape.attention_width)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods import modeling
-from methods.base import Context
 from methods.errors import UserError
 from methods.kfac import Curvature, Factors
 from methods.kronecker_surgery import Surgery, write
@@ -52,13 +51,14 @@ class Patient:
         """Of every finished shot: the loss before it, what it left, what the dearest part that went was to cost, and
         how many projections took more damping than asked."""
 
-    def operate(self, texts: Sequence[Tensor], goal: int, context: Context) -> None:
+    def operate(self, passes: Sequence[Iterable[Tensor]], goal: int) -> None:
         """One shot.
 
         Args:
+            passes: the text [T] after text of each pass that the curvature takes.
             goal: parameters of all projections after it.
         """
-        factors, loss = self._curvature(texts, context)
+        factors, loss = self._curvature(passes)
         costs, strained = self._costs(factors)
         last = [protected(cost, alive, self._shape) for cost, alive in zip(costs, self.alive, strict=True)]
         gone, threshold = cheapest(costs, last, self._size_without, goal)
@@ -77,15 +77,13 @@ class Patient:
     def _size_without(self, gone: list[Block]) -> int:
         return sum(map(stored, alive_without(self.alive, gone, self._shape), self._biased))
 
-    def _curvature(self, texts: Sequence[Tensor], context: Context) -> tuple[list[Factors], float]:
+    def _curvature(self, passes: Sequence[Iterable[Tensor]]) -> tuple[list[Factors], float]:
         """Of every site, and the loss."""
         device = self._model.device if self._settings.factors == "device" else torch.device("cpu")
         curvature = Curvature(self._model, [linear for *_, linear in self._sites()], device)
-        passes = max(1, 2 * self._settings.power_iterations)
-        label = f"shot {len(self.history) + 1} of {self._settings.shots}"
-        tracked = [context.progress.track(texts, label, len(texts)) for _ in range(passes)]
-        factors = curvature.nearest(tracked) if self._settings.power_iterations else curvature.independent(*tracked)
-        return factors, curvature.loss
+        if self._settings.power_iterations:
+            return curvature.nearest(passes), curvature.loss
+        return curvature.independent(*passes), curvature.loss
 
     def _surgery(self, alive: Part, linear: nn.Linear, factors: Factors) -> Surgery:
         """Of what is alive of one projection."""
