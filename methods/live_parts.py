@@ -5,7 +5,7 @@ A dead row (its bias with it) and a dead column are zero. Some others do nothing
     MLP neuron           dead in gate, up or down is dead in all three       (activations are 0 at 0)
     value dimension      a dead row of the value, and the columns that read it, of every query head of its key head;
                          and the row where all those columns are dead
-    head                 queries of a head whose output columns are all dead; keys that only such heads read
+    head                 queries of a head whose output columns are all dead
     query, key           dimensions that rotate together, dead in a key, and those of all query heads that read it; and
                          the other way round. Under a norm over the head (Qwen3) the whole head takes their place.
 
@@ -80,7 +80,7 @@ def propagated(block: Block, shape: DecoderShape) -> Block:
     output_JRh = output_JRh & value_Jh[:, None]
     heads_JR = output_JRh.any(2)
     query_JRh = block["query"].rows.view_as(output_JRh) & heads_JR[..., None]
-    key_Jh = block["key"].rows.view_as(value_Jh) & heads_JR.any(1)[:, None]
+    key_Jh = block["key"].rows.view_as(value_Jh)
     dims_Jh = _whole_groups(query_JRh.any(1), shape) & _whole_groups(key_Jh, shape)
     inputs = [role for role in ("gate", "up") if role in block]
     neurons = torch.stack([block["down"].columns, *(block[role].rows for role in inputs)]).all(0)

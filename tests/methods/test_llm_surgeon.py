@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from methods import modeling
+from methods import llm_surgeon, modeling
 from methods.base import Batch, Budget, Context
 from methods.errors import UserError
+from methods.live_parts import projections
 from methods.llm_surgeon import LLMSurgeon
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
 from methods.random_structures import Random
 from methods.surgery_shots import Patient
 from tests.methods.test_floor import dense_shape
+from tests.methods.test_kfac import naive
 from tests.methods.test_slicegpt import LLAMA_2_7B
 from tests.methods.tiny import (
     CONFIGS,
@@ -98,6 +100,49 @@ def test_padding_and_the_size_of_batches_do_not_matter(tmp_path: Path) -> None:
         for place, calibration in enumerate([Texts(ids[:, :12]), Texts(ids, mask)])
     ]
     assert logits(found[0]).equal(logits(found[1]))
+
+
+def damped(M: Tensor) -> Tensor:
+    return M + 0.01 * M.diagonal().mean() * torch.eye(len(M), dtype=M.dtype)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "phi"])
+def test_one_shot_by_loops(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Naive factors of every projection, explicit inverses, everything up to the threshold gone, both changes added."""
+    calibration, model, after = RandomCalibration(samples=3), tiny_model(name), []
+    texts = list(next(calibration.batches(3)).input_ids)
+    monkeypatch.setattr(Patient, "save", lambda self: after.append([dict(block) for block in self.alive]))
+    monkeypatch.setattr(llm_surgeon, "pack", lambda model, alive: model)
+    compress(model, 0.8, tmp_path, calibration, shots=1)
+    threshold = json.loads((tmp_path / "llm-surgeon.json").read_text())["shots"][0]["threshold"]
+    dense = tiny_model(name)
+    layers = zip(modeling.Decoder(dense).layers, modeling.Decoder(model).layers, after[0], strict=True)
+    removed = 0
+    for layer, pruned, alive in layers:
+        for role, linear in projections(layer).items():
+            a, g, _ = naive(dense, linear, texts)
+            W = linear.weight if linear.bias is None else torch.cat([linear.weight, linear.bias[:, None]], 1)
+            W, G, A = W.detach(), g.T @ g, a.T @ a
+            P_G, P_A = torch.linalg.inv(damped(G)), torch.linalg.inv(damped(A))
+            rows = torch.tensor([float(w @ A @ w / P_G[r, r] / 2) for r, w in enumerate(W)]) <= threshold * (1 + 1e-9)
+            columns = torch.tensor([float(w @ G @ w / P_A[c, c] / 2) for c, w in enumerate(W.T)])
+            columns = columns <= threshold * (1 + 1e-9)
+            inner = torch.arange(linear.in_features)
+            columns[linear.in_features :] = False  # the bias
+            for cheap, living in ((rows, alive[role].rows), (columns[inner], alive[role].columns)):
+                assert (cheap & living).sum() <= 1  # the last of its projection
+                cheap &= ~living
+            columns[inner] &= ~alive[role].columns
+            by_rows = P_G[:, rows] @ torch.linalg.solve(P_G[rows][:, rows], W[rows])
+            by_columns = torch.linalg.solve(P_A[columns][:, columns], W[:, columns].T).T @ P_A[columns]
+            expected = W - by_rows - by_columns
+            expected[~alive[role].rows] = 0
+            expected[:, inner[~alive[role].columns]] = 0
+            found = projections(pruned)[role]
+            torch.testing.assert_close(found.weight, expected[:, inner], rtol=1e-7, atol=1e-9)
+            assert found.bias is None or torch.allclose(found.bias, expected[:, -1], rtol=1e-7, atol=1e-9)
+            removed += int(rows.sum() + columns.sum())
+    assert removed > 50
 
 
 def test_sizes_fall_linearly_and_the_curvature_is_measured_anew(tmp_path: Path) -> None:
