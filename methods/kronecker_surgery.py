@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from methods.errors import overflow
 from methods.lazy import torch
-from methods.linalg import damped_cholesky
+from methods.linalg import damped_cholesky, ridge_solve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,7 +107,8 @@ class Surgery:
 def correction(W_RC: Tensor, inverse_RR: Tensor, rows: Tensor) -> Tensor:
     """D_Q(W), shape [R, C]: minus the rows themselves, and what the others do about it."""
     across_RQ = inverse_RR[:, rows]
-    return -across_RQ @ torch.cholesky_solve(W_RC[rows], torch.linalg.cholesky(across_RQ[rows]))
+    # Without damping of G or A rounding may have made this indefinite.
+    return -across_RQ @ ridge_solve(across_RQ[rows], W_RC[rows], 0.0)[0]
 
 
 def _parts(places: Tensor, at_once: int) -> list[Tensor]:

@@ -237,9 +237,10 @@ def test_every_setting_has_an_effect(tmp_path: Path) -> None:
     assert outcome(factors="host").equal(found[0])
 
 
-@pytest.mark.parametrize(
-    "texts", [torch.full((2, 16), 7), torch.tensor([[5, 6, 7]]), torch.randint(2, 96, (1, 24))], ids=str
-)
+SOME = [61, 51, 95, 66, 51, 92, 85, 40, 9, 94, 49, 51, 41, 21, 43, 47, 27, 82, 35, 53, 7, 94, 95, 4]
+
+
+@pytest.mark.parametrize("texts", [torch.full((2, 16), 7), torch.tensor([[5, 6, 7]]), torch.tensor([SOME])])
 def test_poor_texts_still_give_a_model(texts: Tensor, tmp_path: Path) -> None:
     """One token all over, or fewer tokens than any matrix is wide: damping decides."""
     for name in ("llama-gqa", "opt"):
