@@ -10,6 +10,8 @@ from benchmarks import models, tasks
 from benchmarks.checks import BYTES
 from benchmarks.job import Job
 from benchmarks.tasks import Task
+from methods.base import Training
+from methods.modeling.shape import DecoderShape
 
 THROUGHPUT = {"cpu": 5e10, "cuda": 1e14, "mps": 2e12}
 """Floating-point operations per second, as forward passes usually reach them."""
@@ -21,8 +23,6 @@ WHOLE_TEXT, WHOLE_TASK = 350_000, 3_000
 """Tokens and documents to reckon with where a preset takes all of them."""
 DOCUMENT_TOKENS = 4 * 100
 """Choices of a document times tokens of each."""
-CALIBRATION_PASSES = 3
-"""Forward passes worth of work per calibration window."""
 
 
 def table(jobs: list[Job]) -> str:
@@ -63,11 +63,19 @@ def seconds(job: Job) -> float | None:
     shape = models.resolve(job.model).shape
     if shape is None:
         return None
-    source = job.cell.calibration
-    calibration = source.samples * source.window * CALIBRATION_PASSES if source else 0
     asked = tasks.expand(job.tasks, models.resolve(job.model), job.cell.budget)
-    tokens = calibration + sum(_tokens(task, job) for task in asked)
+    tokens = _work(job, shape) + sum(_tokens(task, job) for task in asked)
     return OVERHEAD_S + 2 * shape.total * tokens / THROUGHPUT[job.device.partition(":")[0]]
+
+
+def _work(job: Job, shape: DecoderShape) -> float:
+    """Tokens that compressing puts through the model."""
+    if (source := job.cell.calibration) is None:
+        return 0
+    preset = job.cell.budget
+    window = min(preset.training_window, shape.max_positions)
+    training = Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window)
+    return job.method.work(shape, job.budget, source.samples * source.window, training)
 
 
 def _tokens(task: Task, job: Job) -> int:

@@ -217,6 +217,15 @@ class Method(ABC):
         """
         return None
 
+    def work(self, shape: DecoderShape, budget: Budget, tokens: int, training: Training) -> float:
+        """Tokens that compressing puts through the model, for the plan's estimate of time; one that is also put back
+        (a gradient) counts three times.
+
+        Args:
+            tokens: of the calibration windows.
+        """
+        return 3.0 * tokens
+
     @abstractmethod
     def compress(
         self,

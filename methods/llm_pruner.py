@@ -44,7 +44,7 @@ from methods.allocation import (
     rebuilt,
     uniform_choice,
 )
-from methods.base import Budget, Calibration, Context, Method, Prediction
+from methods.base import Budget, Calibration, Context, Method, Prediction, Training
 from methods.errors import UserError, overflow
 from methods.gradients import gradient_moments, snippets
 from methods.importance import WITH_SQUARES, WITHOUT_GRADIENT, Importance, Measure
@@ -134,6 +134,11 @@ class LLMPruner(Method):
         if self.mode == "channel":
             return predict_stream(self.name, shape, budget)
         return predict(self.name, budget, allocate(shape, budget, self.blocks(shape)))
+
+    def work(self, shape: DecoderShape, budget: Budget, tokens: int, training: Training) -> float:
+        """A gradient of every stretch, before every step."""
+        stretches = tokens if None in (self.samples, self.tokens) else (self.samples or 0) * (self.tokens or 0)
+        return 3.0 * stretches * self.iterative_steps
 
     def compress(
         self,

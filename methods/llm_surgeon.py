@@ -26,7 +26,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from methods import modeling
-from methods.base import Budget, Calibration, Context, Method, Prediction
+from methods.base import Budget, Calibration, Context, Method, Prediction, Training
 from methods.errors import UserError
 from methods.gradients import full_precision, only_gradients_of, real_texts
 from methods.kronecker_surgery import Update
@@ -82,6 +82,10 @@ class LLMSurgeon(Method):
         )
         budget.require(self.name, prediction, shape, [budget.achieved(shape.total - gone, shape.block - gone, shape)])
         return prediction
+
+    def work(self, shape: DecoderShape, budget: Budget, tokens: int, training: Training) -> float:
+        """A gradient of every window in every pass of every shot."""
+        return 3.0 * tokens * self.shots * max(1, 2 * self.power_iterations)
 
     def compress(
         self,

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from methods import modeling
-from methods.base import Batch, Budget, Calibration, Context, Method, Prediction
+from methods.base import Batch, Budget, Calibration, Context, Method, Prediction, Training
 from methods.blocks import blocks_to_remove, predict_removal
 from methods.errors import UserError, nothing_to_measure, overflow
 from methods.lazy import torch
@@ -83,6 +83,11 @@ class SLEB(Method):
 
     def _most(self, shape: DecoderShape) -> int:
         return max(shape.layers - max(self.early_barrier + self.latter_barrier, 1), 0)
+
+    def work(self, shape: DecoderShape, budget: Budget, tokens: int, training: Training) -> float:
+        """A round puts every window through what follows each candidate, half of the blocks on average."""
+        rounds = blocks_to_remove(shape, budget, self._most(shape)) if self.rescore else 1
+        return rounds * shape.layers / 2 * tokens
 
     def compress(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from methods.base import Budget, Calibration, Context, Method, Prediction
+from methods.base import Budget, Calibration, Context, Method, Prediction, Training
 from methods.errors import UserError
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
@@ -236,6 +236,10 @@ class ToMoE(Method):
         gone = round((1 - budget.ratio) * budget.dense(shape))
         step = layer_weights(Kept(0, 0, 0, self.width_multiple), shape) / budget.dense(shape)
         return Prediction(active_total=shape.total - gone, active_block=shape.block - gone, grid_step=step)
+
+    def work(self, shape: DecoderShape, budget: Budget, tokens: int, training: Training) -> float:
+        """Every step runs teacher and student, and back through the student's masks."""
+        return 3.5 * (self.steps or training.steps) * training.sequences * training.window
 
     def compress(
         self,

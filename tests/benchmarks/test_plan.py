@@ -146,6 +146,24 @@ def test_the_preview_says_sizes_states_and_margins() -> None:
     assert "±15.5 percentage points with 40 documents" in text
 
 
+def test_the_preview_reckons_with_what_a_method_does() -> None:
+    """Shots, rounds and training steps, not only the calibration text."""
+
+    def time(*settings: str, budget: str = "paper") -> float:
+        more = ("--set", *settings) if settings else ()
+        argv = request("--ratios", "0.7", "--methods", "llm-surgeon", "sleb", "llm-pruner", "--budget", budget, *more)
+        return sum(preview.seconds(job) or 0 for job in plan.jobs(argv))
+
+    plain = time()
+    assert time("llm-surgeon.shots=80") - plain == pytest.approx(plain - time("llm-surgeon.shots=1"), rel=0.05)
+    assert time("sleb.rescore=false") < plain < time("llm-pruner.preset=matched")
+    trained = [
+        preview.seconds(plan.jobs(request("--ratios", "0.7", "--methods", "tomoe", "--set", f"tomoe.steps={n}"))[1])
+        for n in (1000, 2000, 3000)
+    ]
+    assert trained[2] - trained[1] == pytest.approx(trained[1] - trained[0])
+
+
 def test_margins_and_durations() -> None:
     assert preview.margin(10_000) == pytest.approx(0.98)
     assert [preview.duration(s) for s in (None, 59, 90, 7200, 172800)] == ["?", "59 s", "1.5 min", "2.0 h", "2.0 d"]
