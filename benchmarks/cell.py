@@ -47,7 +47,7 @@ def _run(job: Job, progress: Tracker) -> str | None:
         traceback.print_exc()
         error = one_line(failure, job)
     store.write_record(job.record, record.assemble(job, error))
-    if error is None:
+    if error is None and not job.leaves:
         shutil.rmtree(job.scratch, ignore_errors=True)
     return error
 

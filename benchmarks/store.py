@@ -25,7 +25,10 @@ CELL_KEYS = (
     "calibration",
     "budget",
     "dtype",
+    "recover",
 )
+LATER = ("cell.recover",)
+"""What records written by earlier versions lack; read as None."""
 PARTS: dict[str, tuple[str, ...]] = {
     "cell": CELL_KEYS,
     "size": (),
@@ -102,6 +105,7 @@ def read_record(path: Path) -> Record | None:
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     _check(path, record)
+    record["cell"].setdefault("recover", None)
     return record
 
 
@@ -134,7 +138,8 @@ def _missing(record: Record) -> Iterator[str]:
         if not isinstance(held, dict):
             yield f"an object {part}"
         else:
-            yield from (f"{part}.{key}" for key in keys if key not in held)
+            absent = (f"{part}.{key}" for key in keys if key not in held)
+            yield from (name for name in absent if name not in LATER)
 
 
 def _damaged(path: Path, reason: str) -> UserError:
