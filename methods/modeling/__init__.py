@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from methods.modeling.delta import save_delta as save_delta
     from methods.modeling.signals import Signals as Signals
     from methods.modeling.signals import real_tokens as real_tokens
+    from methods.modeling.structures.gathered_linears import gather_linear as gather_linear
+    from methods.modeling.structures.gathered_linears import gathered_record as gathered_record
     from methods.modeling.structures.moe_inspect import describe_experts as describe_experts
     from methods.modeling.structures.moe_inspect import expert_ids as expert_ids
     from methods.modeling.structures.moe_mlp import convert_mlp as convert_mlp
@@ -48,6 +50,8 @@ _HOMES = {
     "save_delta": "delta",
     "Signals": "signals",
     "real_tokens": "signals",
+    "gather_linear": "structures.gathered_linears",
+    "gathered_record": "structures.gathered_linears",
     "describe_experts": "structures.moe_inspect",
     "expert_ids": "structures.moe_inspect",
     "convert_mlp": "structures.moe_mlp",

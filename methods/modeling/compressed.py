@@ -32,6 +32,7 @@ from methods.modeling.config import (
 from methods.modeling.record import structures_of
 from methods.modeling.structures import (
     choice_noise,
+    gathered_linears,
     moe_mlp,
     narrow_attention,
     narrow_mlp,
@@ -49,6 +50,7 @@ STRUCTURES: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
     moe_mlp.NAME: moe_mlp.apply,
     narrow_attention.NAME: narrow_attention.apply,
     topk_values.NAME: topk_values.apply,
+    gathered_linears.NAME: gathered_linears.apply,
     choice_noise.NAME: choice_noise.apply,
 }
 """What gives a dense model a structure's modules and shapes, by name, in the order they apply (a saved record is sorted
