@@ -20,6 +20,7 @@ from benchmarks.progress import Tracker
 from methods.base import Context, Progress, Silent, Training
 from methods.modeling.describe import describe, load_fractions
 from methods.modeling.footprint import Footprint, footprint
+from methods.recovery import adapters
 
 LOAD_TOKENS = 8192
 """Calibration tokens on which the loads of experts are measured, at most."""
@@ -35,30 +36,30 @@ def make(job: Job, progress: Tracker) -> None:
     model, tokenizer = load(models.resolve(job.model).prepare(), job)
     load_s, dense = laps.lap(), footprint(model)
     launch.announce(job)
-    calibration = _calibration(job, tokenizer)
+    calibration = calibration_of(job, tokenizer)
     model = _compress(job, model, tokenizer, calibration, progress)
     compress_s = laps.lap()
-    with _arriving(job.scratch / "checkpoint") as partial:
+    with arriving(job.scratch / "checkpoint") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         measured = {
-            "size": _size(job, dense, footprint(model), partial),
+            "size": size_of(job, dense, footprint(model), partial),
             "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
             "memory": memory(),
-            "provenance": {"dataset_revisions": _revisions(job, calibration), "task_versions": {}} | record.origin(job),
+            "provenance": {"dataset_revisions": revisions(job, calibration), "task_versions": {}} | record.origin(job),
         }
         store.write_json(record.measured_file(partial), measured)
-        store.write_json(job.folder / "structure.json", _structure(model, calibration))
+        store.write_json(job.folder / "structure.json", structure_of(model, calibration))
 
 
 def assist(job: Job) -> None:
     """The part of `make` in which the processes of a launch work together; the result is the main process's to keep."""
     model, tokenizer = load(models.resolve(job.model).prepare(), job)
-    _compress(job, model, tokenizer, _calibration(job, tokenizer), Silent())
+    _compress(job, model, tokenizer, calibration_of(job, tokenizer), Silent())
 
 
 @contextmanager
-def _arriving(target: Path) -> Iterator[Path]:
+def arriving(target: Path) -> Iterator[Path]:
     """A folder to fill, beside `target`, which it then becomes; after a failure nothing is left of it."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -72,19 +73,21 @@ def _arriving(target: Path) -> Iterator[Path]:
 def load(location: str | Path, job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in the cell's dtype on the cell's device, ready to be evaluated, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, job.cell.dtype))
+    if (kept := Path(location, adapters.FOLDER)).is_dir():
+        model.load_adapter(str(kept))
     model.to(job.device)  # pyright: ignore[reportArgumentType]  (transformers' decorated `to` loses its self)
     return model.eval(), models.load_tokenizer(location)
 
 
-def _calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> data.TokenCalibration | None:
+def calibration_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> data.TokenCalibration | None:
     """The calibration windows; the dense cell needs none."""
     if (source := job.cell.calibration) is None:
         return None
     text = data.load(job.source, "calibration")
-    return data.sample_calibration(text, tokenizer, source.samples, source.window, job.cell.seed)
+    return data.samplecalibration_of(text, tokenizer, source.samples, source.window, job.cell.seed)
 
 
-def _revisions(job: Job, calibration: data.TokenCalibration | None) -> dict[str, str]:
+def revisions(job: Job, calibration: data.TokenCalibration | None) -> dict[str, str]:
     """Which text the calibration windows are from, and their hash, for the record."""
     if (source := job.cell.calibration) is None or calibration is None:
         return {}
@@ -101,26 +104,25 @@ def _compress(
     """The compressed model; without calibration the dense one."""
     if calibration is None:
         return model
-    context = Context(
+    torch.manual_seed(job.cell.seed)
+    return job.method.compress(model, tokenizer, job.budget, calibration, context_of(job, model, progress))
+
+
+def context_of(job: Job, model: PreTrainedModel, progress: Progress) -> Context:
+    """Where and how to work on a model, and what the preset grants to training, windows capped at the model's limit."""
+    preset = job.cell.budget
+    window = min(preset.training_window, model.config.max_position_embeddings)
+    return Context(
         device=job.device,
         seed=job.cell.seed,
         scratch=job.scratch / "method",
-        training=_training(job, model),
+        training=Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window),
         artifacts=job.folder,
         progress=progress,
     )
-    torch.manual_seed(job.cell.seed)
-    return job.method.compress(model, tokenizer, job.budget, calibration, context)
 
 
-def _training(job: Job, model: PreTrainedModel) -> Training:
-    """What the preset grants to methods that train, windows capped at the model's limit."""
-    preset = job.cell.budget
-    window = min(preset.training_window, model.config.max_position_embeddings)
-    return Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window)
-
-
-def _size(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> dict[str, Any]:
+def size_of(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> dict[str, Any]:
     """Counts from the tensors, bytes from the files."""
     prediction = job.prediction()
     share = compressed.active_total / dense.active_total
@@ -130,12 +132,12 @@ def _size(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> di
         "dense_params": dense.active_total,
         "requested": job.cell.ratio,
         **asdict(compressed),
-        "stored_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "stored_bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
         "on_budget": job.budget.accepts(share, prediction.grid_step if prediction else 0.0),
     }
 
 
-def _structure(model: PreTrainedModel, calibration: data.TokenCalibration | None) -> dict[str, Any]:
+def structure_of(model: PreTrainedModel, calibration: data.TokenCalibration | None) -> dict[str, Any]:
     """What the compressed decoder is made of, per layer, and how many calibration tokens each expert meets."""
     config, made = model.config.to_dict(), describe(model)
     loads = {}
@@ -152,7 +154,7 @@ def keep(job: Job) -> None:
     made = job.scratch / "checkpoint"
     if job.kept is None or job.kept.is_dir() or not made.is_dir():
         return
-    with _arriving(job.kept) as partial:
+    with arriving(job.kept) as partial:
         shutil.copytree(made, partial)
     shutil.rmtree(made)
 

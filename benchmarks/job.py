@@ -132,8 +132,8 @@ class Job:
 
     @property
     def plain(self) -> Self | None:
-        """The job whose checkpoint this one fine-tunes; None where nothing is fine-tuned."""
-        return replace(self, cell=replace(self.cell, recover=None)) if self.cell.recover else None
+        """The job whose checkpoint this one fine-tunes, as far as it is done; None where nothing is fine-tuned."""
+        return replace(self, cell=replace(self.cell, recover=None), force=False) if self.cell.recover else None
 
     @property
     def recovery(self) -> Recovery | None:

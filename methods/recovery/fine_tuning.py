@@ -69,7 +69,8 @@ def _loop(
     identity: dict[str, object],
 ) -> Loop:
     """The shared loop, with what is to fall and how fast."""
-    steps, hidden, head = settings.steps or context.training.steps, model.config.hidden_size, Decoder(model).head
+    steps, head = settings.steps or context.training.steps, Decoder(model).head
+    rate = settings.highest_rate(model.config.hidden_size)
 
     def loss(step: int, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         ids_BT, targets_T = batch[:, :-1], batch[:, 1:].flatten()
@@ -78,11 +79,10 @@ def _loop(
         mean = next_token(hidden_TD[valid_T], targets_T[valid_T], head)
         return mean, {"loss": mean}
 
-    highest = settings.rate(round(settings.warmup * steps), steps, hidden)
     plan = LoopSettings(
         name="recovery",
         label="fine-tuning",
-        remedy=f"Use a smaller --set lora.learning_rate (it is {highest:g}), or --dtype float32.",
+        remedy=f"Use a smaller --set lora.learning_rate (it is {rate:g}), or --dtype float32.",
         steps=steps,
         sequences=context.training.sequences,
         seed=context.seed,
@@ -91,5 +91,5 @@ def _loop(
     )
     identity = identity | {"budget": [steps, plan.sequences, context.training.window, context.seed]}
     return Loop(
-        plan, [Group(trained)], loss, lambda step: settings.rate(step, steps, hidden), blocks, context, identity
+        plan, [Group(trained)], loss, lambda step: rate * settings.share(step, steps), blocks, context, identity
     )

@@ -81,13 +81,14 @@ class Recovery:
                     f"lora.{name} is {value:g}, which is not between {low:g} and {high:g}. Use --set lora.{name}=VALUE."
                 )
 
-    def rate(self, step: int, steps: int, hidden: int) -> float:
-        """Learning rate of a step; the first and the last move something."""
-        highest = self.learning_rate or min(0.01, 0.4096 / hidden)
+    def highest_rate(self, hidden: int) -> float:
+        """The highest learning rate, for a model of some hidden size."""
+        return self.learning_rate or min(0.01, 0.4096 / hidden)
+
+    def share(self, step: int, steps: int) -> float:
+        """What of it a step has: up and down again, and never nothing."""
         rising = max(1.0, self.warmup * steps)
-        if step + 1 < rising:
-            return highest * (step + 1) / rising
-        return highest * (steps - step) / (steps - rising + 1)
+        return (step + 1) / rising if step + 1 < rising else (steps - step) / (steps - rising + 1)
 
     def record(self) -> dict[str, Any]:
         """What identifies a fine-tuned cell, as JSON."""
