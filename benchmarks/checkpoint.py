@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks import data, launch, models, record, store
+from benchmarks import data, launch, models, record, sharing, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
 from methods.base import Context, Progress, Silent, Training
@@ -37,16 +37,18 @@ def make(job: Job, progress: Tracker) -> None:
     load_s, dense = laps.lap(), footprint(model)
     launch.announce(job)
     calibration = calibration_of(job, tokenizer)
-    model = _compress(job, model, tokenizer, calibration, progress)
-    compress_s = laps.lap()
+    notes: list[str] = []
+    model = _compress(job, model, tokenizer, calibration, progress, notes)
+    compress_s, peak = laps.lap(), memory()
     with arriving(job.scratch / "checkpoint") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         measured = {
             "size": size_of(job, dense, footprint(model), partial),
             "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
-            "memory": memory(),
-            "provenance": {"dataset_revisions": revisions(job, calibration), "task_versions": {}} | record.origin(job),
+            "memory": peak | {f"compress_{key}": value for key, value in peak.items()},
+            "provenance": {"dataset_revisions": _revisions(job, calibration), "task_versions": {}} | record.origin(job),
+            "notes": notes,
         }
         store.write_json(record.measured_file(partial), measured)
         store.write_json(job.folder / "structure.json", structure_of(model, calibration))
@@ -55,7 +57,7 @@ def make(job: Job, progress: Tracker) -> None:
 def assist(job: Job) -> None:
     """The part of `make` in which the processes of a launch work together; the result is the main process's to keep."""
     model, tokenizer = load(models.resolve(job.model).prepare(), job)
-    _compress(job, model, tokenizer, calibration_of(job, tokenizer), Silent())
+    _compress(job, model, tokenizer, calibration_of(job, tokenizer), Silent(), [])
 
 
 @contextmanager
@@ -84,10 +86,10 @@ def calibration_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> data.TokenCa
     if (source := job.cell.calibration) is None:
         return None
     text = data.load(job.source, "calibration")
-    return data.samplecalibration_of(text, tokenizer, source.samples, source.window, job.cell.seed)
+    return data.sample_calibration(text, tokenizer, source.samples, source.window, job.cell.seed)
 
 
-def revisions(job: Job, calibration: data.TokenCalibration | None) -> dict[str, str]:
+def _revisions(job: Job, calibration: data.TokenCalibration | None) -> dict[str, str]:
     """Which text the calibration windows are from, and their hash, for the record."""
     if (source := job.cell.calibration) is None or calibration is None:
         return {}
@@ -100,15 +102,18 @@ def _compress(
     tokenizer: PreTrainedTokenizerBase,
     calibration: data.TokenCalibration | None,
     progress: Progress,
+    notes: list[str],
 ) -> PreTrainedModel:
-    """The compressed model; without calibration the dense one."""
+    """The compressed model; without calibration the dense one. What the method has to say is added to `notes`."""
     if calibration is None:
         return model
+    context = context_of(job, model, progress, notes)
     torch.manual_seed(job.cell.seed)
-    return job.method.compress(model, tokenizer, job.budget, calibration, context_of(job, model, progress))
+    with sharing.used(job):
+        return job.method.compress(model, tokenizer, job.budget, calibration, context)
 
 
-def context_of(job: Job, model: PreTrainedModel, progress: Progress) -> Context:
+def context_of(job: Job, model: PreTrainedModel, progress: Progress, notes: list[str]) -> Context:
     """Where and how to work on a model, and what the preset grants to training, windows capped at the model's limit."""
     preset = job.cell.budget
     window = min(preset.training_window, model.config.max_position_embeddings)
@@ -116,9 +121,11 @@ def context_of(job: Job, model: PreTrainedModel, progress: Progress) -> Context:
         device=job.device,
         seed=job.cell.seed,
         scratch=job.scratch / "method",
+        shared=job.shared,
         training=Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window),
         artifacts=job.folder,
         progress=progress,
+        notes=notes,
     )
 
 
