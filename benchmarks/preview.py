@@ -23,6 +23,8 @@ DOCUMENT_TOKENS = 4 * 100
 """Choices of a document times tokens of each."""
 CALIBRATION_PASSES = 3
 """Forward passes worth of work per calibration window."""
+RECOVERY_PASSES = 3
+"""Forward passes worth of work per sequence of fine-tuning."""
 
 
 def table(jobs: list[Job]) -> str:
@@ -43,7 +45,7 @@ def table(jobs: list[Job]) -> str:
 
 def _row(job: Job) -> tuple[str, ...]:
     cell, prediction, shape = job.cell, job.prediction(), models.resolve(job.model).shape
-    identity = (cell.model, cell.method, f"{cell.ratio:g}", str(cell.seed))
+    identity = (cell.model, job.title, f"{cell.ratio:g}", str(cell.seed))
     if prediction is None or shape is None:
         return (*identity, "?", "?", "?", _state(job), duration(seconds(job)), _memory(job))
     share = job.budget.achieved(prediction.active_total, prediction.active_block, shape)
@@ -66,8 +68,17 @@ def seconds(job: Job) -> float | None:
     source = job.cell.calibration
     calibration = source.samples * source.window * CALIBRATION_PASSES if source else 0
     asked = tasks.expand(job.tasks, models.resolve(job.model), job.cell.budget)
-    tokens = calibration + sum(_tokens(task, job) for task in asked)
+    tokens = calibration + _recovery(job, shape.max_positions) + sum(_tokens(task, job) for task in asked)
     return OVERHEAD_S + 2 * shape.total * tokens / THROUGHPUT[job.device.partition(":")[0]]
+
+
+def _recovery(job: Job, limit: int) -> int:
+    """Tokens of fine-tuning, times what each costs."""
+    budget, recovery = job.cell.budget, job.recovery
+    if recovery is None:
+        return 0
+    steps = recovery.steps or budget.training_steps
+    return RECOVERY_PASSES * steps * budget.training_sequences * min(budget.training_window, limit)
 
 
 def _tokens(task: Task, job: Job) -> int:

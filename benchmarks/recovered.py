@@ -1,7 +1,7 @@
 """The checkpoint of a fine-tuned cell: that of the plain cell, trained further, in place as a whole or not at all.
 
-The plain one is taken from where `--checkpoints`, or the plain cell of the same run, has left it. Where it is gone it is
-made again.
+The plain one lies where `--checkpoints`, or the plain cell of the same run, has left it. Where it is gone it is made
+again.
 """
 
 import json
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks import checkpoint, launch, models, record, store
-from benchmarks.checkpoint import Laps
+from benchmarks import checkpoint, data, launch, models, record, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
 from methods.base import Progress, Silent
@@ -27,20 +26,81 @@ def make(job: Job, progress: Tracker) -> None:
     Raises:
         UserError: the plain checkpoint cannot be made, another run is making it, or the training fails.
     """
-    before = _plain(job, progress)
-    laps = Laps()
+    before, laps = _plain(job, progress), checkpoint.Laps()
     model, tokenizer = _load(job)
     load_s = laps.lap()
     launch.announce(job)
-    spent = _recover(job, model, tokenizer, progress)
-    recover_s, counted = laps.lap(), footprint(model)
+    calibration = checkpoint.calibration_of(job, tokenizer)
+    notes: list[str] = [*before["notes"]]
+    spent = _recover(job, model, tokenizer, calibration, progress, notes)
+    recover_s, counted, structure = laps.lap(), footprint(model), checkpoint.structure_of(model, calibration)
     with checkpoint.arriving(job.scratch / "checkpoint") as partial:
-        if adapters.present(model):
-            adapters.save(model, partial / adapters.FOLDER)
-            adapters.detach(model)
+        adapters.save(model, partial)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        own = {"load_s": load_s, "recover_s": recover_s, "save_s": laps.lap()}
-        store.write_json(record.measured_file(partial), _measured(job, before, own, spent, counted, partial))
-        store.write_json(job.folder / "structure.json", checkpoint.structure_of(model, None))
+        own = {"load_s": load_s, "compress_s": 0.0, "recover_s": recover_s, "save_s": laps.lap()}
+        measured = {
+            "task": "recovery",
+            "size": checkpoint.size_of(job, _dense(job), counted, partial),
+            "time": {key: seconds + before["time"].get(key, 0.0) for key, seconds in own.items()},
+            "memory": record.peak([before["memory"], checkpoint.memory()]),
+            "provenance": _provenance(job, before["provenance"], spent),
+            "notes": notes,
+        }
+        store.write_json(record.measured_file(partial), measured)
+        store.write_json(job.folder / "structure.json", structure)
     _sweep(job)
+
+
+def assist(job: Job) -> None:
+    """The part of `make` in which the processes of a launch work together; the result is the main process's to keep."""
+    model, tokenizer = _load(job)
+    _recover(job, model, tokenizer, checkpoint.calibration_of(job, tokenizer), Silent(), [])
+
+
+def _plain(job: Job, progress: Tracker) -> dict[str, Any]:
+    """What was measured when the plain checkpoint was made, perhaps just now."""
+    assert job.plain
+    with job.plain.locked():
+        if not job.plain.checkpoint.is_dir():
+            checkpoint.make(job.plain, progress)
+        return {"notes": []} | json.loads(record.measured_file(job.plain.checkpoint).read_text(encoding="utf-8"))
+
+
+def _load(job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    assert job.plain
+    return checkpoint.load(job.plain.checkpoint, job)
+
+
+def _recover(
+    job: Job,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: data.TokenCalibration | None,
+    progress: Progress,
+    notes: list[str],
+) -> dict[str, int]:
+    assert calibration and job.recovery
+    return recover(job.recovery, model, tokenizer, calibration, checkpoint.context_of(job, model, progress, notes))
+
+
+def _dense(job: Job) -> Footprint:
+    """The dense model counted, from its config alone."""
+    config = AutoConfig.from_pretrained(models.resolve(job.model).prepare())
+    with torch.device("meta"):
+        return footprint(AutoModelForCausalLM.from_config(config))
+
+
+def _provenance(job: Job, before: dict[str, Any], spent: dict[str, int]) -> dict[str, Any]:
+    """Of the fine-tuning, with the run that compressed named beside it."""
+    kept = {key: before[key] for key in ("dataset_revisions", "task_versions")}
+    compression = {key: before[key] for key in record.ORIGIN}
+    return kept | {"recovery": spent, "tasks": {"compression": compression}} | record.origin(job)
+
+
+def _sweep(job: Job) -> None:
+    """Remove the plain checkpoint, unless it is to be kept or its own cell still needs it."""
+    assert job.plain
+    with job.plain.locked():
+        if job.plain.finished():
+            shutil.rmtree(job.plain.scratch, ignore_errors=True)

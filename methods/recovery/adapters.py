@@ -7,9 +7,8 @@ reads a weight instead, to be fast with one token or with one expert, does so on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,8 +20,6 @@ from methods.modeling.structures.moe_mlp import MoEMLP
 from methods.modeling.structures.topk_choice import ValueSelector
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
-
     from methods.recovery.settings import Recovery
 
 NAME = "default"
@@ -57,25 +54,26 @@ def attach(model: PreTrainedModel, settings: Recovery) -> dict[str, nn.Parameter
         target_modules=projections(model),
     )
     inject_adapter_in_model(config, model, NAME)
+    for _, layer in adapted(model):
+        layer.train()  # their dropout; the model's own stays off
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in trained.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return trained
 
 
-def adapted(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
-    """The adapted projections by name; none where peft is not installed."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "lora_A"):
-            yield name, module  # pyright: ignore[reportReturnType]
+def adapted(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """The adapted projections, modules of peft, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
     """Add the adapters to the weights, in place, and leave nothing of them."""
     for _, layer in adapted(model):
-        weight = layer.get_base_layer().weight
-        weight.add_(layer.get_delta_weight(NAME))  # pyright: ignore[reportAttributeAccessIssue]  (of its subclasses)
+        layer.get_base_layer().weight.add_(layer.get_delta_weight(NAME))
     detach(model)
 
 
@@ -86,10 +84,17 @@ def detach(model: PreTrainedModel) -> None:
     del model.peft_config
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters as peft does, so that `model.load_adapter(folder)` puts them around the same projections."""
+def save(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Take adapters off that were not merged, and write them as peft does to the checkpoint's folder of them.
+
+    `model.load_adapter(folder)` puts them around the same projections again.
+    """
+    if not hasattr(model, "peft_config"):
+        return
     from peft import get_peft_model_state_dict
 
+    folder = checkpoint / FOLDER
     folder.mkdir(parents=True)
     save_file(get_peft_model_state_dict(model, adapter_name=NAME), folder / "adapter_model.safetensors")
     model.peft_config[NAME].save_pretrained(folder)
+    detach(model)

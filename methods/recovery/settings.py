@@ -8,14 +8,15 @@ next-token loss on the text that the run calibrates on, for as many tokens as `-
 Everything else is frozen: embeddings, head, norms, biases, shortcut matrices, and whatever chooses (routers, value
 selectors). Afterwards W + (alpha / rank) B A takes the place of W, so that the size stays what it was.
 
-Published recipes, and where the defaults come from:
+Published recipes (from the README and the script of either repository), and where the defaults come from:
 
-| | rank, alpha, dropout | rate | steps | text |
-| --- | --- | --- | --- | --- |
-| LLM-Pruner (https://arxiv.org/abs/2305.11627; its README) | 8, 16, 0.05 | 1e-4, 100 steps of warm-up, then linear to 0 | 2 epochs of 64 | 50k of Alpaca, up to 256 tokens |
-| SliceGPT (https://arxiv.org/abs/2401.15024; its README) | 32, 10, 0.05 | 2e-4, 400 steps of warm-up, then linear to 0 | 1 epoch of 3 | 8k of Alpaca, 1,024 tokens |
+    LLM-Pruner, https://arxiv.org/abs/2305.11627: rank 8, alpha 16, dropout 0.05; rate 1e-4 after 100 steps of warm-up,
+    then linear to 0; 50,000 texts of Alpaca of at most 256 tokens, twice, 64 a step
+    SliceGPT, https://arxiv.org/abs/2401.15024: rank 32, alpha 10, dropout 0.05; rate 2e-4 after 400 steps of warm-up,
+    then linear to 0; 8,000 stretches of 1,024 tokens of Alpaca, once, 3 a step
 
-Their "+ fine-tuning" rows are trained on instructions; here it is the calibration text, as for everything else.
+Their "+ fine-tuning" rows are trained on instructions; here it is the calibration text, as for everything else. (The
+preset `slicegpt` lacks its second-moment decay of 0.95.)
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Recovery:
     steps: int | None = None
     """Optimiser steps; None: what `--budget` grants, as are sequences and tokens of each."""
     merge: bool = True
-    """Add the adapters to the weights. False: keep them apart, in the checkpoint's folder `adapter`; they count then."""
+    """Add the adapters to the weights. False: keep them in the checkpoint's folder `adapter`, and count them."""
     checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, one more forward pass."""
 

@@ -48,7 +48,7 @@ def apply(model: PreTrainedModel, record: dict[str, Any]) -> None:
 @contextmanager
 def without_noise(model: PreTrainedModel) -> Iterator[None]:
     """While open, every choice of a noisy model is the likeliest."""
-    noisy = [module for module in model.modules() if isinstance(module, NoisyLinear)]
+    noisy: list[nn.Module] = [module for module in model.modules() if isinstance(module, NoisyLinear)]
     for linear in noisy:
         linear.__class__ = nn.Linear
     try:
