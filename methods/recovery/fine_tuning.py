@@ -51,6 +51,8 @@ def recover(
             stack.enter_context(recomputed(Decoder(model).layers))
         loop.run()
     model.eval()
+    if loop.state.skipped:
+        context.note(f"{loop.state.skipped} of {loop.settings.steps} steps of fine-tuning had a loss that is no number")
     if settings.merge:
         adapters.merge(model)
     return {

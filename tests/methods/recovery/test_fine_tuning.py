@@ -64,7 +64,7 @@ def written_out(model: PreTrainedModel, steps: int, rank: int, alpha: float, cli
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.01 * ((step + 1) / 2 if step < 1 else (steps - step) / (steps - 1))
         batch = torch.stack([next(blocks), next(blocks)])
-        predicted = functional_call(model, now(), kwargs={"input_ids": batch[:, :-1]}).logits
+        predicted = functional_call(model, now(), kwargs={"input_ids": batch[:, :-1]}, tie_weights=False).logits
         targets = torch.where(batch[:, 1:] == 0, -100, batch[:, 1:])  # BOS comes by chance
         nn.functional.cross_entropy(predicted.flatten(0, 1), targets.flatten()).backward()
         nn.utils.clip_grad_norm_(drawn.values(), clip)
@@ -81,7 +81,7 @@ def test_it_is_lora(name: str, tmp_path: Path) -> None:
     expected = written_out(fresh(name), 5, 3, 5.0, 0.05)
     assert not model.state_dict()[trained(model)].equal(fresh(name).state_dict()[trained(model)])
     for key, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5)
 
 
 def trained(model: PreTrainedModel) -> str:
@@ -185,7 +185,7 @@ def test_a_trained_model_that_lost_a_block_gets_better(tmp_path: Path) -> None:
     words = models.load_tokenizer(zoo.prepare())
     text = data.load("wikileads", "calibration")
     calibration = data.sample_calibration(text, words, 8, 64, 0)
-    where = Context(scratch=tmp_path, training=Training(steps=12, sequences=2, window=64))
+    where = Context(scratch=tmp_path, training=Training(steps=20, sequences=4, window=64))
     model = ShortGPT().compress(model, words, Budget(ratio=0.8, tolerance=0.2), calibration, where)
     before = loss_of(model, calibration)
     fine_tuning.recover(Recovery(), model, words, calibration, where)
