@@ -69,7 +69,8 @@ def _plain(job: Job, progress: Tracker) -> dict[str, Any]:
 
 def _load(job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     assert job.plain
-    return checkpoint.load(job.plain.checkpoint, job)
+    folder = job.plain.checkpoint
+    return checkpoint.load_model(folder, job, whole=True), models.load_tokenizer(folder)
 
 
 def _recover(
@@ -81,7 +82,9 @@ def _recover(
     notes: list[str],
 ) -> dict[str, int]:
     assert calibration and job.recovery
-    return recover(job.recovery, model, tokenizer, calibration, checkpoint.context_of(job, model, progress, notes))
+    return recover(
+        job.recovery, model, tokenizer, calibration, checkpoint.context_of(job, model, calibration, progress, notes)
+    )
 
 
 def _dense(job: Job) -> Footprint:

@@ -184,6 +184,9 @@ class Method(ABC):
     """Link to the paper."""
     family: ClassVar[str]
     """What it removes: `dense` (nothing), `depth`, `width`, `semi-structured` or `moe`."""
+    streams: ClassVar[bool] = False
+    """Whether it works block by block and without gradients, so that blocks may wait in host memory
+    (`methods.modeling.residence`) where a model is larger than the device."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings beside the defaults (`--set METHOD.preset=NAME`), for example those of a publication."""
 
@@ -217,7 +220,7 @@ class Method(ABC):
     ) -> PreTrainedModel:
         """The compressed model. May use up `model`; at ratio 1 it is `model`, unchanged.
 
-        `model` is dense, in evaluation mode and on `context.device`.
+        `model` is dense, in evaluation mode and on `context.device`; of methods that stream, blocks may be on the host.
 
         Raises:
             UserError: the model, the ratio or the calibration does not suit this method.

@@ -100,7 +100,7 @@ def gather(
         signals = modeling.Signals.of(decoder, calibration, context.batch_size)
         for index, layer in enumerate(context.progress.track(decoder.layers, "gathering", len(decoder.layers))):
             observer = BlockObserver(layer, decoder.shape, model.device, precision)
-            with observer.listening():
+            with observer.listening(), modeling.resident(layer.module, model.device):
                 signals.update(observer.step)
             save_file(observer.statistics()._asdict(), _file(folder, index))
             influence.append(observer.influence())

@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from methods import modeling
 from methods.allocation import channel_size, highest
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class MoDeGPT(Method):
     """Decompose MLPs, queries and keys, values and outputs, more of the less influential blocks."""
+
+    streams: ClassVar[bool] = True
 
     epsilon: float = 0.1
     """How evenly blocks are compressed: the temperature of the softmax over Block Influence; inf: all alike."""
@@ -142,7 +144,8 @@ class MoDeGPT(Method):
         damping = []
         with torch.no_grad():
             for index, layer in enumerate(context.progress.track(decoder.layers, "decomposing", shape.layers)):
-                damping.append(self._decompose_block(layer, shape, kept[index], statistics.block(index)))
+                with modeling.resident(layer.module, model.device):
+                    damping.append(self._decompose_block(layer, shape, kept[index], statistics.block(index)))
         rows = zip(influence, shares, kept, damping, strict=True)
         _report(context, [{"influence": i, "sparsity": s, **w._asdict(), **d} for i, s, w, d in rows], asdict(self))
         structures = {

@@ -30,7 +30,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from methods import modeling
 from methods.base import Batch, Budget, Calibration, Context, Method, Prediction
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class SLEB(Method):
     """Remove whole blocks, least missed first, and ask again after each."""
+
+    streams: ClassVar[bool] = True
 
     rescore: bool = True
     """Measure again after every removal; False: the losses of the first round decide."""
