@@ -19,7 +19,9 @@ from methods.recovery import Recovery, settings
 from tests.benchmarks import small_run
 from tests.benchmarks.test_cell import METRIC, dies, forbidden
 from tests.benchmarks.test_plan import CELL, request
+from tests.methods.recovery.made_of import needs_peft
 
+pytestmark = needs_peft
 SHORT = ("--recover", "lora", "--set", "lora.steps=3", "lora.rank=2")
 
 

@@ -1,8 +1,10 @@
 """A tiny model of every structure, for what must work on all of them."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -13,6 +15,7 @@ from methods.slicegpt import SliceGPT
 from tests.methods.test_gathered_linears import gathered
 from tests.methods.tiny import RandomCalibration, tiny_model
 
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra finetune: pip install '.[finetune]'")
 STRUCTURES: dict[str, Callable[[str, Path], PreTrainedModel]] = {}
 
 

@@ -19,9 +19,11 @@ from methods.training import loop
 from methods.training.data import Blocks
 from methods.training.loop import Loop
 from methods.training.seeding import seeded
-from tests.methods.recovery.made_of import STRUCTURES, fresh, noisy
+from tests.methods.recovery.made_of import STRUCTURES, fresh, needs_peft, noisy
 from tests.methods.tiny import logits, tiny_model
 from tests.methods.training.small import SmallCalibration, context, tokenizer
+
+pytestmark = needs_peft
 
 
 def recover(model: PreTrainedModel, folder: Path, *, steps: int = 4, **settings: Any) -> dict[str, int]:

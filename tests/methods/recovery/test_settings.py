@@ -1,5 +1,9 @@
 """The recipe: its schedule, its rate, what can be set of it, and what is said without the package it needs."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from methods import recovery
@@ -53,7 +57,13 @@ def test_the_record_says_it_all() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "find_spec", lambda name: "here")
     recovery.require_package()
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package peft.*pip install '\.\[finetune\]'"):
         recovery.require_package()
+
+
+def test_nothing_else_imports_the_package() -> None:
+    code = "import sys, methods, benchmarks.cell, benchmarks.recovered; assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
