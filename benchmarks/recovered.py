@@ -6,6 +6,7 @@ again.
 
 import json
 import shutil
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -98,7 +99,11 @@ def _provenance(job: Job, before: dict[str, Any], spent: dict[str, int]) -> dict
     """Of the fine-tuning, with the run that compressed named beside it."""
     kept = {key: before[key] for key in ("dataset_revisions", "task_versions")}
     compression = {key: before[key] for key in record.ORIGIN}
-    return kept | {"recovery": spent, "tasks": {"compression": compression}} | record.origin(job)
+    return (
+        kept
+        | {"recovery": spent | {"peft": version("peft")}, "tasks": {"compression": compression}}
+        | record.origin(job)
+    )
 
 
 def _sweep(job: Job) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from importlib.metadata import version
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def test_a_fine_tuned_cell_is_a_record_of_its_own(finished_once: Path) -> None:
     )
     assert tuned["time"]["total_s"] == pytest.approx(sum(tuned["time"].values()) - tuned["time"]["total_s"])
     linears = 3 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))  # of three blocks: q and o, k and v, the MLP's
-    assert tuned["provenance"]["recovery"] == {"tokens": 3 * 2 * 128, "parameters": 2 * linears, "skipped": 0}
+    spent = {"tokens": 3 * 2 * 128, "parameters": 2 * linears, "skipped": 0, "peft": version("peft")}
+    assert tuned["provenance"]["recovery"] == spent
     assert plain["provenance"]["recovery"] == {} and tuned["provenance"]["tasks"] == {}
     assert tuned["provenance"]["dataset_revisions"] == plain["provenance"]["dataset_revisions"]
     folders = {path.parent for path in (finished_once / "out").rglob("record.json")}
