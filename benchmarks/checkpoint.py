@@ -27,7 +27,7 @@ from methods.recovery import adapters
 
 ROOM = 1.2
 """Memory that a model takes on a device while it runs, in sizes of its weights."""
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 2048
 """Calibration tokens per forward pass, at most, but for longer windows."""
 LOAD_TOKENS = 8192
 """Calibration tokens on which the loads of experts are measured, at most."""

@@ -9,7 +9,18 @@ import importlib
 import wrapt
 
 # One line per method: importing a method's module registers it.
-from methods import dense, llm_pruner, modegpt, random_structures, shortgpt, sleb, slicegpt, structured_magnitude, tomoe
+from methods import (
+    dense,
+    llm_pruner,
+    llm_surgeon,
+    modegpt,
+    random_structures,
+    shortgpt,
+    sleb,
+    slicegpt,
+    structured_magnitude,
+    tomoe,
+)
 from methods.registry import configure, get, names, register
 
 __all__ = [
@@ -17,6 +28,7 @@ __all__ = [
     "dense",
     "get",
     "llm_pruner",
+    "llm_surgeon",
     "modegpt",
     "names",
     "random_structures",

@@ -28,6 +28,6 @@ def nothing_to_measure() -> UserError:
 def overflow() -> UserError:
     """The error for measurements that are no numbers: choosing by them would be choosing at random."""
     return UserError(
-        "the model overflows on the calibration text, so that its parts cannot be compared. "
-        "Use --dtype bfloat16 or float32."
+        "the model overflows on the calibration text, or its weights are not numbers, so that its parts cannot be "
+        "compared. Use --dtype bfloat16 or float32, or mend the model."
     )

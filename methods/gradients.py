@@ -33,6 +33,21 @@ class Moments(NamedTuple):
     """None where it was not asked for."""
 
 
+def real_texts(calibration: Calibration, batch_size: int) -> list[Tensor]:
+    """The real tokens of every calibration window that has two or more, int64 [T], in the sample's order.
+
+    Raises:
+        UserError: no window has two tokens.
+    """
+    texts: list[Tensor] = []
+    for batch in calibration.batches(batch_size):
+        texts += batch.input_ids if batch.mask is None else map(torch.masked_select, batch.input_ids, batch.mask.bool())
+    texts = [text for text in texts if len(text) > 1]
+    if not texts:
+        raise nothing_to_measure()
+    return texts
+
+
 def snippets(calibration: Calibration, count: int, length: int, batch_size: int, generator: Generator) -> Tensor:
     """Random stretches of random calibration windows, int64 [count, length].
 
@@ -41,12 +56,8 @@ def snippets(calibration: Calibration, count: int, length: int, batch_size: int,
     Raises:
         UserError: no window has two tokens.
     """
-    texts: list[Tensor] = []
-    for batch in calibration.batches(batch_size):
-        texts += batch.input_ids if batch.mask is None else map(torch.masked_select, batch.input_ids, batch.mask.bool())
-    length = min(length, max(map(len, texts), default=0))
-    if length < 2:
-        raise nothing_to_measure()
+    texts = real_texts(calibration, batch_size)
+    length = min(length, max(map(len, texts)))
     texts = [text for text in texts if len(text) >= length]
     order = torch.randperm(len(texts), generator=generator).tolist()
     picked = [texts[order[number % len(order)]] for number in range(count)]
@@ -62,7 +73,7 @@ def gradient_moments(
     Raises:
         UserError: a loss is not a number.
     """
-    with _full_precision(model), _only_gradients_of(model, parameters):
+    with full_precision(model), only_gradients_of(model, parameters):
         moments = {p: Moments(torch.zeros_like(p), torch.zeros_like(p) if squares else None) for p in parameters}
 
         def take(parameter: Parameter) -> None:
@@ -91,7 +102,7 @@ def next_token_loss(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_precision(model: PreTrainedModel) -> Iterator[None]:
+def full_precision(model: PreTrainedModel) -> Iterator[None]:
     """While open, parameters are at least fp32. Going there and back changes none; buffers are left alone."""
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
     for parameter, dtype in dtypes.items():
@@ -104,7 +115,7 @@ def _full_precision(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _only_gradients_of(model: PreTrainedModel, parameters: Sequence[Parameter]) -> Iterator[None]:
+def only_gradients_of(model: PreTrainedModel, parameters: Sequence[Parameter]) -> Iterator[None]:
     """While open, these parameters require a gradient and the others none."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in before:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, one_hot
 
 from methods.base import Context
+from methods.errors import overflow
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.tomoe.network import ToMoENetwork
 from methods.training.straight_through import OFFSET
@@ -90,6 +91,8 @@ def signals(decoder: Decoder, layer: DecoderLayer, batches: Sequence[Tensor]) ->
         for handle in handles:
             handle.remove()
     energy_TM = torch.cat(energies)
+    if not energy_TM.isfinite().all():
+        raise overflow()
     return torch.cat(inputs), energy_TM / energy_TM.sum(1, keepdim=True).clamp_min(1e-30)
 
 

@@ -3,8 +3,8 @@
 import json
 import shutil
 import time
-from importlib.metadata import version
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
