@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from benchmarks import checkpoint, models, record, store, tasks
+from benchmarks import checkpoint, models, record, recovered, store, tasks
 from benchmarks.job import Job
 from benchmarks.metric import Metric
 from benchmarks.progress import Tracker
@@ -47,7 +47,7 @@ def _run(job: Job, progress: Tracker) -> str | None:
         traceback.print_exc()
         error = one_line(failure, job)
     store.write_record(job.record, record.assemble(job, error))
-    if error is None:
+    if error is None and not job.leaves:
         shutil.rmtree(job.scratch, ignore_errors=True)
     return error
 
@@ -78,7 +78,7 @@ def _work(job: Job, progress: Tracker) -> list[str]:
     if (missing or job.kept) and not job.checkpoint.is_dir():
         if job.only_evaluate:
             raise job.without_checkpoint()
-        checkpoint.make(job, progress)
+        (recovered if job.plain else checkpoint).make(job, progress)
     checkpoint.keep(job)
     todo = [task for task in missing if not record.task_file(job, task).exists()]
     return _evaluate(job, todo, progress) if todo else []

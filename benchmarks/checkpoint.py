@@ -23,6 +23,7 @@ from methods.base import Context, Progress, Silent, Training
 from methods.errors import UserError
 from methods.modeling.describe import describe, load_fractions
 from methods.modeling.footprint import Footprint, footprint
+from methods.recovery import adapters
 
 ROOM = 1.2
 """Memory that a model takes on a device while it runs, in sizes of its weights."""
@@ -45,18 +46,18 @@ def make(job: Job, progress: Tracker) -> None:
     notes: list[str] = []
     model = _compress(job, model, tokenizer, calibration, progress, notes)
     compress_s, peak = laps.lap(), memory()
-    with _arriving(job.scratch / "checkpoint") as partial:
+    with arriving(job.scratch / "checkpoint") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         measured = {
-            "size": _size(job, dense, footprint(model), partial),
+            "size": size_of(job, dense, footprint(model), partial),
             "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
             "memory": peak | {f"compress_{key}": value for key, value in peak.items()},
             "provenance": {"dataset_revisions": _revisions(job, calibration), "task_versions": {}} | record.origin(job),
             "notes": notes,
         }
         store.write_json(record.measured_file(partial), measured)
-        store.write_json(job.folder / "structure.json", _structure(model, calibration))
+        store.write_json(job.folder / "structure.json", structure_of(model, calibration))
 
 
 def assist(job: Job) -> None:
@@ -69,11 +70,11 @@ def _given(job: Job) -> tuple[PreTrainedTokenizerBase, data.TokenCalibration | N
     """What a method gets. The text first: tokenising all of it takes memory that the model can then have."""
     location = models.resolve(job.model).prepare()
     tokenizer = models.load_tokenizer(location)
-    return tokenizer, _calibration(job, tokenizer), load_model(location, job, whole=not job.method.streams)
+    return tokenizer, calibration_of(job, tokenizer), load_model(location, job, whole=not job.method.streams)
 
 
 @contextmanager
-def _arriving(target: Path) -> Iterator[Path]:
+def arriving(target: Path) -> Iterator[Path]:
     """A folder to fill, beside `target`, which it then becomes; after a failure nothing is left of it."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,12 +93,14 @@ def load_model(location: str | Path, job: Job, whole: bool = False) -> PreTraine
         whole: refuse instead.
     """
     model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, job.cell.dtype))
+    if (kept := Path(location, adapters.FOLDER)).is_dir():
+        model.load_adapter(str(kept))
     need, free = ROOM * model.get_memory_footprint(), free_memory(job.device)
     if need <= free:
         model.to(job.device)  # pyright: ignore[reportArgumentType]  (transformers' decorated `to` loses its self)
     elif whole:
         raise UserError(
-            f"{job.cell.method} needs all of {job.cell.model} on {job.device}: some {need / 1e9:.0f} GB with room to "
+            f"{job.title} needs all of {job.cell.model} on {job.device}: some {need / 1e9:.0f} GB with room to "
             f"compute, and {free / 1e9:.0f} GB are free. Use --device cpu, a larger device, or a method that works "
             "block by block (shortgpt, sleb, slicegpt, modegpt)."
         )
@@ -111,7 +114,7 @@ def free_memory(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else math.inf
 
 
-def _calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> data.TokenCalibration | None:
+def calibration_of(job: Job, tokenizer: PreTrainedTokenizerBase) -> data.TokenCalibration | None:
     """The calibration windows; the dense cell needs none."""
     if (source := job.cell.calibration) is None:
         return None
@@ -137,30 +140,32 @@ def _compress(
     """The compressed model; without calibration the dense one. What the method has to say is added to `notes`."""
     if calibration is None:
         return model
-    context = Context(
-        device=job.device,
-        seed=job.cell.seed,
-        batch_size=max(1, CALIBRATION_TOKENS // calibration.window),
-        scratch=job.scratch / "method",
-        shared=job.shared,
-        training=_training(job, model),
-        artifacts=job.folder,
-        progress=progress,
-        notes=notes,
-    )
+    context = context_of(job, model, calibration, progress, notes)
     torch.manual_seed(job.cell.seed)
     with sharing.used(job):
         return job.method.compress(model, tokenizer, job.budget, calibration, context)
 
 
-def _training(job: Job, model: PreTrainedModel) -> Training:
-    """What the preset grants to methods that train, windows capped at the model's limit."""
+def context_of(
+    job: Job, model: PreTrainedModel, calibration: data.TokenCalibration, progress: Progress, notes: list[str]
+) -> Context:
+    """Where and how to work on a model, and what the preset grants to training, windows capped at the model's limit."""
     preset = job.cell.budget
     window = min(preset.training_window, model.config.max_position_embeddings)
-    return Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window)
+    return Context(
+        device=job.device,
+        seed=job.cell.seed,
+        batch_size=max(1, CALIBRATION_TOKENS // calibration.window),
+        scratch=job.scratch / "method",
+        shared=job.shared,
+        training=Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window),
+        artifacts=job.folder,
+        progress=progress,
+        notes=notes,
+    )
 
 
-def _size(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> dict[str, Any]:
+def size_of(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> dict[str, Any]:
     """Counts from the tensors, bytes from the files."""
     prediction = job.prediction()
     share = compressed.active_total / dense.active_total
@@ -170,12 +175,12 @@ def _size(job: Job, dense: Footprint, compressed: Footprint, folder: Path) -> di
         "dense_params": dense.active_total,
         "requested": job.cell.ratio,
         **asdict(compressed),
-        "stored_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "stored_bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
         "on_budget": job.budget.accepts(share, prediction.grid_step if prediction else 0.0),
     }
 
 
-def _structure(model: PreTrainedModel, calibration: data.TokenCalibration | None) -> dict[str, Any]:
+def structure_of(model: PreTrainedModel, calibration: data.TokenCalibration | None) -> dict[str, Any]:
     """What the compressed decoder is made of, per layer, and how many calibration tokens each expert meets."""
     config, made = model.config.to_dict(), describe(model)
     loads = {}
@@ -192,7 +197,7 @@ def keep(job: Job) -> None:
     made = job.scratch / "checkpoint"
     if job.kept is None or job.kept.is_dir() or not made.is_dir():
         return
-    with _arriving(job.kept) as partial:
+    with arriving(job.kept) as partial:
         shutil.copytree(made, partial)
     shutil.rmtree(made)
 

@@ -13,6 +13,7 @@ from benchmarks.job import Job
 from benchmarks.plan import Request
 from benchmarks.tasks import Task
 from methods.errors import UserError
+from methods.recovery import require_package
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one parameter."""
@@ -25,6 +26,8 @@ def before_start(request: Request, jobs: list[Job], workers: int) -> None:
         UserError: the first thing that stands in the way.
     """
     check_device(plan.device_of(request.device))
+    if request.recover:
+        require_package()
     for folder in filter(None, (request.out, request.checkpoints)):
         check_writable(folder)
     todo = [job for job in jobs if not job.finished()]
@@ -63,9 +66,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_room(jobs: list[Job], workers: int) -> None:
-    """Each running cell needs room for one checkpoint in its scratch folder, each kept checkpoint for itself."""
+    """Each running cell needs room for one checkpoint in its scratch folder, a fine-tuned one also for that which it
+    goes on from, and each kept checkpoint for itself."""
     sizes = [(job, shape.total * BYTES[job.cell.dtype]) for job in jobs if (shape := models.resolve(job.model).shape)]
-    making = max((size for _, size in sizes), default=0) * workers
+    making = max((size * (2 if job.plain else 1) for job, size in sizes), default=0) * workers
     keeping = sum(job.cell.ratio * size for job, size in sizes if job.kept and not job.kept.is_dir())
     for job in jobs[:1]:
         _check_free(job.out, making, f"the checkpoints in the making of --workers {workers}")

@@ -11,6 +11,7 @@ from benchmarks.executors import EXECUTORS
 from benchmarks.plan import Request
 from benchmarks.presets import PRESETS
 from methods.errors import UserError, unknown
+from methods.recovery import KINDS
 
 DEFAULT_METHODS = ("dense", "shortgpt", "slicegpt", "disp-llm", "tomoe")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="data set, .txt or .jsonl (default: the model's own); :16x1024 for 16 windows of 1024 tokens",
     )
     how.add_argument("--set", nargs="+", action="extend", default=[], metavar="METHOD.FIELD=VALUE")
+    how.add_argument("--recover", choices=KINDS, help="fine-tune every compressed model too, in cells of their own")
     how.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:N or mps (default: auto)")
     how.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a cpu, else bfloat16")
     how.add_argument("--offline", action="store_true", help="fetch nothing; say before the start what is missing")
@@ -102,6 +104,7 @@ def request(arguments: argparse.Namespace, argv: Sequence[str]) -> Request:
         ratio_tolerance=arguments.ratio_tolerance,
         calibration=arguments.calibration,
         settings=settings(arguments.set),
+        recover=arguments.recover,
         out=arguments.out,
         checkpoints=arguments.checkpoints,
         device=arguments.device,

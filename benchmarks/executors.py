@@ -52,24 +52,40 @@ def _inline(jobs: list[Job], workers: int, fail_fast: bool, show: Show) -> Itera
 
 
 def _processes(jobs: list[Job], workers: int, fail_fast: bool, show: Show) -> Iterator[Outcome]:
-    """`workers` child processes at a time, the processor's cores shared out among them."""
+    """`workers` child processes at a time, the processor's cores shared out among them.
+
+    A fine-tuned cell waits for the cell whose checkpoint it goes on from, in the same worker.
+    """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     stop = threading.Event()
 
-    def work(job: Job) -> Outcome | None:
-        if stop.is_set():
-            return None
-        outcome = _child(job, threads, show)
-        if outcome.error and fail_fast:
-            stop.set()
-        return outcome
+    def work(chain: list[Job]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for job in chain:
+            if stop.is_set():
+                break
+            outcomes.append(_child(job, threads, show))
+            if outcomes[-1].error and fail_fast:
+                stop.set()
+        return outcomes
 
     pool = ThreadPoolExecutor(workers)
     try:
-        ends = (future.result() for future in as_completed([pool.submit(work, job) for job in jobs]))
-        yield from (outcome for outcome in ends if outcome)
+        futures = [pool.submit(work, chain) for chain in chains(jobs)]
+        yield from (outcome for future in as_completed(futures) for outcome in future.result())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def chains(jobs: list[Job]) -> list[list[Job]]:
+    """The jobs in their order, a fine-tuned cell together with the cell before it if that makes its checkpoint."""
+    found: list[list[Job]] = []
+    for job in jobs:
+        if job.plain and found and found[-1][-1].cell == job.plain.cell:
+            found[-1].append(job)
+        else:
+            found.append([job])
+    return found
 
 
 EXECUTORS: dict[str, Callable[[list[Job], int, bool, Show], Iterator[Outcome]]] = {

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +15,7 @@ from benchmarks.presets import PRESETS, Preset
 from benchmarks.tasks import Task
 from methods.base import Budget, Method, Prediction
 from methods.errors import UserError
+from methods.recovery import Recovery
 
 LOCK_SECONDS = 60
 """How long a cell waits for the process of a run that was just killed to end."""
@@ -56,11 +57,17 @@ class Cell:
     """How much evaluation."""
     dtype: str
     """In which the model is loaded and evaluated."""
+    recover: Mapping[str, Any] | None = None
+    """All settings of the fine-tuning that follows the compression; None: nothing follows."""
 
     @cached_property
     def id(self) -> str:
-        """Twelve hexadecimal digits of a hash over the schema and all fields; tasks are not part of it."""
-        content = json.dumps({"schema": store.SCHEMA, **asdict(self)}, sort_keys=True)
+        """Twelve hexadecimal digits of a hash over the schema and all fields; tasks are not part of it.
+
+        A cell that is not fine-tuned has the id it had before that was possible.
+        """
+        fields = {key: value for key, value in asdict(self).items() if (key, value) != ("recover", None)}
+        content = json.dumps({"schema": store.SCHEMA, **fields}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def recorded(self) -> dict[str, Any]:
@@ -104,6 +111,8 @@ class Job:
     """Never compress: the checkpoint must be there."""
     command: str
     """The command line, for the record."""
+    leaves: bool = False
+    """Whether the checkpoint stays in the scratch folder, for the fine-tuned cell that follows in the same run."""
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -121,7 +130,22 @@ class Job:
     @property
     def label(self) -> str:
         """The cell in a few words."""
-        return f"{self.cell.model} {self.cell.method} {self.cell.ratio:g} seed {self.cell.seed}"
+        return f"{self.cell.model} {self.title} {self.cell.ratio:g} seed {self.cell.seed}"
+
+    @property
+    def title(self) -> str:
+        """The method, and whether fine-tuning follows."""
+        return self.cell.method + (" + fine-tuning" if self.cell.recover else "")
+
+    @property
+    def plain(self) -> Self | None:
+        """The job whose checkpoint this one fine-tunes, as far as it is done; None where nothing is fine-tuned."""
+        return replace(self, cell=replace(self.cell, recover=None), force=False) if self.cell.recover else None
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The fine-tuning that follows the compression."""
+        return Recovery.from_record(self.cell.recover) if self.cell.recover else None
 
     @property
     def folder(self) -> Path:

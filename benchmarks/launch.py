@@ -5,7 +5,7 @@
         --device cpu
 
 Each process computes on a device of its own: on cuda the one with its number. Helpers plan nothing and write nothing.
-They wait for the job that the main process is about to compress, run the same `compress` (a method that trains meets
+They wait for the job that the main process is about to compress (or to fine-tune), do the same (whatever trains meets
 the other processes there), drop the result and wait again. After a failure of one process nobody knows what the others
 wait for, so the run ends and the launcher stops the rest.
 """
@@ -66,7 +66,7 @@ def own_device(device: str) -> str:
 
 
 def announce(job: Job | None) -> None:
-    """Have the helpers take part in compressing a job; None lets them end."""
+    """Have the helpers take part in compressing a job, or in fine-tuning it; None lets them end."""
     if processes() > 1:
         _from_main(job and job.to_json())
 
@@ -75,12 +75,13 @@ def help_out(device: str) -> int:
     """Take part, on some device, in whatever the main process announces; the exit status."""
     from transformers.utils import logging
 
-    from benchmarks import checkpoint
+    from benchmarks import checkpoint, recovered
 
     logging.disable_progress_bar()
     while text := _from_main(None):
         with suppress(UserError):  # all processes meet it alike, and the main one reports it
-            checkpoint.assist(replace(Job.from_json(text), device=device))
+            job = replace(Job.from_json(text), device=device)
+            (recovered if job.plain else checkpoint).assist(job)
     return 0
 
 

@@ -8,7 +8,7 @@ prints it with the expected cost, and runs nothing.
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from benchmarks import data, models, tasks
 from benchmarks.job import Cell, Job, Source
 from benchmarks.models import Model
 from benchmarks.presets import PRESETS, Preset
+from methods import recovery
 from methods.errors import UserError, unknown
 
 __all__ = ["PRESETS", "Preset", "Request", "jobs"]
@@ -48,7 +49,9 @@ class Request:
     """Calibration source, with `:SAMPLESxWINDOW` where the preset's numbers are not to be taken; None: each model's
     default."""
     settings: Mapping[str, Mapping[str, str]]
-    """`--set`: text values by method and field."""
+    """`--set`: text values by method (or kind of fine-tuning) and field."""
+    recover: str | None
+    """What fine-tunes every compressed model too; None: nothing."""
     out: Path
     """Folder of the records."""
     checkpoints: Path | None
@@ -80,9 +83,11 @@ def jobs(request: Request) -> list[Job]:
 
 def _check_settings(request: Request) -> None:
     """Each `--set` must be meant for a method of this run: one that changes nothing is a typing error."""
+    known = [*request.methods, *filter(None, [request.recover])]
     for method in request.settings:
-        if method not in request.methods:
-            raise unknown("method of --set", method, request.methods, "Add it to --methods, or drop the --set.")
+        if method not in known:
+            hint = f"Add --recover {method}" if method in recovery.KINDS else "Add it to --methods"
+            raise unknown("method of --set", method, known, f"{hint}, or drop the --set.")
 
 
 def _check_device(name: str) -> None:
@@ -91,13 +96,24 @@ def _check_device(name: str) -> None:
 
 
 def _jobs_of(request: Request, name: str) -> Iterator[Job]:
-    """The cells of one model. The dense one depends on neither ratio nor seed, so it is asked for with fixed ones."""
+    """The cells of one model, each fine-tuned one after the one that it goes on from.
+
+    The dense one depends on neither ratio nor seed, so it is asked for with fixed ones.
+    """
     model = models.resolve(name)
     _check_tasks(request, model)
     yield _job(request, name, model, "dense", 1.0, 0)
     others = [method for method in dict.fromkeys(request.methods) if method != "dense"]
     for ratio, method, seed in product(dict.fromkeys(request.ratios), others, dict.fromkeys(request.seeds)):
-        yield _job(request, name, model, method, ratio, seed)
+        job = _job(request, name, model, method, ratio, seed)
+        yield from _with_recovery(request, job) if request.recover else [job]
+
+
+def _with_recovery(request: Request, job: Job) -> list[Job]:
+    """A job, and the one that goes on from its checkpoint."""
+    settings = recovery.configure(request.recover or "", request.settings.get(request.recover or "", {}))
+    recovered = replace(job, cell=replace(job.cell, recover=settings.record()))
+    return [replace(job, leaves=not recovered.finished()), recovered]
 
 
 def _check_tasks(request: Request, model: Model) -> None:

@@ -23,6 +23,8 @@ WHOLE_TEXT, WHOLE_TASK = 350_000, 3_000
 """Tokens and documents to reckon with where a preset takes all of them."""
 DOCUMENT_TOKENS = 4 * 100
 """Choices of a document times tokens of each."""
+RECOVERY_PASSES = 3
+"""Forward passes worth of work per sequence of fine-tuning."""
 
 
 def table(jobs: list[Job]) -> str:
@@ -43,7 +45,7 @@ def table(jobs: list[Job]) -> str:
 
 def _row(job: Job) -> tuple[str, ...]:
     cell, prediction, shape = job.cell, job.prediction(), models.resolve(job.model).shape
-    identity = (cell.model, cell.method, f"{cell.ratio:g}", str(cell.seed))
+    identity = (cell.model, job.title, f"{cell.ratio:g}", str(cell.seed))
     if prediction is None or shape is None:
         return (*identity, "?", "?", "?", _state(job), duration(seconds(job)), _memory(job))
     share = job.budget.achieved(prediction.active_total, prediction.active_block, shape)
@@ -69,13 +71,14 @@ def seconds(job: Job) -> float | None:
 
 
 def _work(job: Job, shape: DecoderShape) -> float:
-    """Tokens that compressing puts through the model."""
+    """Tokens that compressing and fine-tuning put through the model."""
     if (source := job.cell.calibration) is None:
         return 0
-    preset = job.cell.budget
+    preset, recovery = job.cell.budget, job.recovery
     window = min(preset.training_window, shape.max_positions)
-    training = Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window)
-    return job.method.work(shape, job.budget, source.samples * source.window, training)
+    granted = Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window)
+    tuned = (recovery.steps or granted.steps) * granted.sequences * window if recovery else 0
+    return job.method.work(shape, job.budget, source.samples * source.window, granted) + RECOVERY_PASSES * tuned
 
 
 def _tokens(task: Task, job: Job) -> int:

@@ -51,7 +51,7 @@ def assemble(job: Job, error: str | None) -> store.Record:
         "size": measured["size"],
         "metrics": _merged(part.get("metrics", {}) for part in parts),
         "time": _time(measured["time"], evaluated, results),
-        "memory": _peak([part["memory"] for part in parts]),
+        "memory": peak([part["memory"] for part in parts]),
         "provenance": _provenance(job, parts),
         "notes": measured.get("notes", []),
         "error": error,
@@ -75,12 +75,12 @@ def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def _time(made: dict[str, float], evaluated: float, results: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds per phase. What a killed attempt spent without finishing a step is not in them."""
-    phases = {key: made[key] for key in ("load_s", "compress_s", "save_s")}
+    phases = {key: made[key] for key in ("load_s", "compress_s", "recover_s", "save_s") if key in made}
     phases["evaluate_s"] = evaluated + sum(result["seconds"] for result in results)
     return phases | {"total_s": sum(phases.values())}
 
 
-def _peak(parts: list[dict[str, int | None]]) -> dict[str, int | None]:
+def peak(parts: list[dict[str, int | None]]) -> dict[str, int | None]:
     """The largest of the peaks; None where nothing was measured, as on a device without such a counter."""
     keys = dict.fromkeys((*store.PARTS["memory"], *(key for part in parts for key in part)))
     return {key: max((value for part in parts if (value := part.get(key)) is not None), default=None) for key in keys}
@@ -99,6 +99,7 @@ def _provenance(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any]:
         "model_revision": job.cell.fingerprint,
         "dataset_revisions": _merged(part["provenance"]["dataset_revisions"] for part in parts),
         "task_versions": _merged(part["provenance"]["task_versions"] for part in parts),
+        "recovery": _merged(part["provenance"].get("recovery", {}) for part in parts),
         "started": now["started"],
         "command": now["command"],
         "tasks": {name: other for name, other in _merged(map(_origins, parts)).items() if other != now},
@@ -106,7 +107,8 @@ def _provenance(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _origins(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By task: the run that measured it. A part that is no task's is a compression's, or a whole record's."""
+    """By task: the run that measured it. A part that is no task's is a compression's, or a whole record's; that of a
+    fine-tuning goes by the name of `recovery`."""
     provenance = part["provenance"]
     own = {key: provenance.get(key) for key in ORIGIN}
     names = (part.get("task", "compression"), *provenance["task_versions"])

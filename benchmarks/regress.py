@@ -81,7 +81,8 @@ def compare(results: Sequence[Record], baseline: Sequence[Record]) -> list[Chang
 
 def _changes(before: Record, after: Record | None) -> list[Change]:
     cell = before["cell"]
-    label = f"{cell['model']} {cell['method']} {cell['ratio']:g} seed {cell['seed']}"
+    method = cell["method"] + (" + fine-tuning" if cell["recover"] else "")
+    label = f"{cell['model']} {method} {cell['ratio']:g} seed {cell['seed']}"
     if after is None or after["status"] != "done":
         fate = f"{after['status']}: {after['error']}" if after else "no record"
         return [Change(cell=label, metric=f"(whole cell, {fate})", before=None)]

@@ -25,7 +25,10 @@ CELL_KEYS = (
     "calibration",
     "budget",
     "dtype",
+    "recover",
 )
+LATER = ("cell.recover",)
+"""What records written by earlier versions lack; read as None."""
 PARTS: dict[str, tuple[str, ...]] = {
     "cell": CELL_KEYS,
     "size": (),
@@ -105,6 +108,7 @@ def read_record(path: Path) -> Record | None:
     if isinstance(record, dict):
         record.setdefault("notes", [])  # the first records had none
     _check(path, record)
+    record["cell"].setdefault("recover", None)
     return record
 
 
@@ -137,7 +141,8 @@ def _missing(record: Record) -> Iterator[str]:
         if not isinstance(held, dict):
             yield f"an object {part}"
         else:
-            yield from (f"{part}.{key}" for key in keys if key not in held)
+            absent = (f"{part}.{key}" for key in keys if key not in held)
+            yield from (name for name in absent if name not in LATER)
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -19,6 +19,8 @@ GROUP = "tomoe_bench.methods"
 FAMILIES = ("dense", "depth", "width", "semi-structured", "moe")
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
+Configured = TypeVar("Configured")
+Presets = Mapping[str, Mapping[str, Any]]
 PRESET = "preset"
 """What `--set METHOD.preset=NAME` writes in place of a field."""
 
@@ -83,27 +85,39 @@ def configure(name: str, settings: Mapping[str, str]) -> Method:
         UserError: unknown method or field, or a value that the field cannot take.
     """
     method = get(name)
-    fields = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
-    types = get_type_hints(method)
-    values = _preset(method, settings)
+    configured = from_text(method, method.presets, name, settings)
+    configured.check([field for field in settings if field != PRESET])
+    return configured
+
+
+def from_text(kind: type[Configured], presets: Presets, name: str, settings: Mapping[str, str]) -> Configured:
+    """An instance of a dataclass with some fields set from text, one of `presets` before the others.
+
+    Args:
+        name: what `--set` calls it.
+
+    Raises:
+        UserError: an unknown field or preset, or a value that the field cannot take.
+    """
+    fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    types = get_type_hints(kind)
+    values = _preset(presets, name, settings)
     for field, text in settings.items():
         if field == PRESET:
             continue
         if field not in fields:
             raise unknown(f"field of {name}", field, fields, f"Use --set {name}.FIELD=VALUE.")
         values[field] = _parse(f"{name}.{field}", text, types[field])
-    configured = method(**values)
-    configured.check([field for field in settings if field != PRESET])
-    return configured
+    return kind(**values)
 
 
-def _preset(method: type[Method], settings: Mapping[str, str]) -> dict[str, Any]:
+def _preset(presets: Presets, name: str, settings: Mapping[str, str]) -> dict[str, Any]:
     """The values of the preset that the settings name, to which the others are changes."""
-    presets = {"default": {}, **method.presets}
+    known = {"default": {}, **presets}
     wanted = settings.get(PRESET, "default")
-    if wanted not in presets:
-        raise unknown(f"preset of {method.name}", wanted, presets)
-    return dict(presets[wanted])
+    if wanted not in known:
+        raise unknown(f"preset of {name}", wanted, known)
+    return dict(known[wanted])
 
 
 def _parse(where: str, text: str, kind: Any) -> Any:

@@ -141,7 +141,7 @@ def remarks(results: Sequence[Result]) -> Iterator[str]:
 
 def uneven(results: Sequence[Result]) -> Iterator[str]:
     """A sentence per model and asked ratio for which the methods' counted ratios clearly differ."""
-    for group in by_model(results):
+    for group in by_model([result for result in results if not result.fine_tuned]):
         for ratio in dict.fromkeys(result.ratio for result in group if not result.dense):
             counted = {r.method: r.achieved for r in group if r.ratio == ratio and not r.dense and r.achieved}
             if counted and max(counted.values()) - min(counted.values()) > UNEVEN:

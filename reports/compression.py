@@ -1,7 +1,7 @@
 """The table of what compressing itself took, with what the methods had to say."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from reports.comparison import IDENTITY, identity, remarks
 from reports.records import Record
@@ -14,7 +14,8 @@ MB = 1e6
 def compression_table(results: Sequence[Result]) -> Table | None:
     """Time and peak memory of every compression; None without compressed models."""
     made = [result for result in results if not result.dense]
-    rows = tuple(_row(result) for result in made)
+    times = {"Time, s": "compress_s"} | ({"Fine-tuning, s": "recover_s"} if any(r.fine_tuned for r in made) else {})
+    rows = tuple(_row(result, times.values()) for result in made)
     if not rows:
         return None
     return Table(
@@ -22,16 +23,16 @@ def compression_table(results: Sequence[Result]) -> Table | None:
         title="Compression",
         caption="Time and peak memory of compressing (loading and calibration included in the memory, evaluation in "
         "neither); means over seeds.",
-        columns=(*IDENTITY, Column("Time, s"), Column("Peak host, MB"), Column("Peak device, MB")),
+        columns=(*IDENTITY, *map(Column, (*times, "Peak host, MB", "Peak device, MB"))),
         rows=rows,
         notes=(*legend(rows), *remarks(made), *_told(made)),
     )
 
 
-def _row(result: Result) -> tuple[Cell, ...]:
+def _row(result: Result, times: Iterable[str]) -> tuple[Cell, ...]:
     return (
         *identity(result),
-        Cell(_mean(result, lambda record: record.time, "compress_s")),
+        *(Cell(_mean(result, lambda record: record.time, key)) for key in times),
         *(
             Cell(_mean(result, lambda record: record.memory, f"compress_peak_{where}_bytes", 1 / MB))
             for where in ("host", "device")

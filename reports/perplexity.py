@@ -1,10 +1,10 @@
 """The perplexity table, like the paper's Table 1: a row per method, a column per text, window and ratio."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse, plus_minus, remarks
-from reports.results import Result, by_model
+from reports.results import FINE_TUNED, Result, by_model
 from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
 
 Slot = tuple[MetricName, float]
@@ -61,9 +61,16 @@ def _rows(group: Sequence[Result], metrics: Sequence[Measured], slots: Sequence[
     """One row per method of a model; `metrics` are the model's."""
     by_name = {metric.name: metric for metric in metrics}
     found = {(result.method, result.ratio): result for result in group}
-    for method in dict.fromkeys(result.method for result in group):
+    for method in _ordered(result.method for result in group):
         at = ((by_name[str(name)], found.get((method, ratio))) for name, ratio in slots)
         yield Cell(group[0].model), Cell(method), *(_cell(metric, result) for metric, result in at)
+
+
+def _ordered(methods: Iterable[str]) -> list[str]:
+    """Each method once, as first met, and right below it what was fine-tuned."""
+    met = list(dict.fromkeys(methods))
+    plain = list(dict.fromkeys(method.partition(FINE_TUNED)[0] for method in met))
+    return sorted(met, key=lambda method: (plain.index(method.partition(FINE_TUNED)[0]), method))
 
 
 def _cell(metric: Measured, result: Result | None) -> Cell:

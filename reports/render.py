@@ -13,7 +13,7 @@ from reports.cost import size_table, speed_table
 from reports.formats import FORMATS, MARKDOWN, markdown
 from reports.perplexity import perplexity_table
 from reports.records import Record, ReportError
-from reports.results import pool
+from reports.results import FINE_TUNED, pool
 from reports.summary import cautions, facts
 from reports.tables import UNLIKE, Cell, Column, Table, percent
 
@@ -35,6 +35,7 @@ def files(records: Sequence[Record]) -> dict[str, str]:
         formats=list(FORMATS),
         plus_minus=plus_minus(results),
         alike=not any(UNLIKE in cell.marks for table in tables for row in table.rows for cell in row),
+        fine_tuned=any(result.fine_tuned for result in results),
         done=sum(record.status == "done" for record in records),
     )
     contents = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
@@ -60,7 +61,8 @@ def unfinished_table(records: Sequence[Record]) -> Table | None:
 def _unfinished_row(record: Record) -> tuple[Cell, ...]:
     cell = record.cell
     ratio, why = Cell(percent(cell["ratio"])), Cell(record.error or "no reason recorded")
-    return Cell(cell["model"]), Cell(cell["method"]), ratio, Cell(cell["seed"]), Cell(record.status), why
+    method = Cell(cell["method"] + (FINE_TUNED if cell.get("recover") else ""))
+    return Cell(cell["model"]), method, ratio, Cell(cell["seed"]), Cell(record.status), why
 
 
 def write(contents: Mapping[str, str], out: Path) -> None:

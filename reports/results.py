@@ -4,6 +4,7 @@ results = pool(read_all(Path("results")))
 """
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from reports.records import Metric, Record
 from reports.tables import percent
 
 Settings = tuple[tuple[str, str], ...]
+FINE_TUNED = " + fine-tuning"
+"""What the name of a method gets whose results were fine-tuned."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Result:
     model: str
     """Its name as on the command line."""
     method: str
-    """Its name, followed by the settings that tell it from other runs of the same method on the same model."""
+    """Its name, followed by the settings that tell it from other runs of the same method on the same model, and by
+    `FINE_TUNED` where that was done."""
     ratio: float
     """The asked share of active parameters."""
     achieved: float | None
@@ -44,6 +48,11 @@ class Result:
     """Whether this is the uncompressed model."""
     records: tuple[Record, ...]
     """One per seed."""
+
+    @property
+    def fine_tuned(self) -> bool:
+        """Whether the compressed model was trained further."""
+        return FINE_TUNED in self.method
 
     @property
     def title(self) -> str:
@@ -84,7 +93,8 @@ class Result:
 
 
 def pool(records: Iterable[Record]) -> list[Result]:
-    """The measured records as results: smaller models first, dense before compressed, then by falling ratio."""
+    """The measured records as results: smaller models first, dense before compressed, then by falling ratio; what was
+    fine-tuned right below what was not."""
     kept = [record for record in records if record.size]
     blocks = {record.cell["model"]: record.size["active_block"] for record in kept if record.cell["method"] == "dense"}
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
@@ -113,11 +123,10 @@ def _result(
     key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]], blocks: Mapping[str, int]
 ) -> Result:
     model, method, ratio, settings = key
-    told_apart_by = brief(settings, variants[model, method])
     achieved = [_achieved(record, blocks) for record in group]
     return Result(
         model=model,
-        method=f"{method} ({told_apart_by})" if told_apart_by else method,
+        method=_title(method, settings, variants[model, method]),
         ratio=ratio,
         achieved=None if None in achieved else statistics.fmean(share for share in achieved if share is not None),
         dense=method == "dense",
@@ -136,12 +145,28 @@ def _achieved(record: Record, blocks: Mapping[str, int]) -> float | None:
     return record.size["active_block"] / dense if dense else None
 
 
+def _title(method: str, settings: Settings, names: set[str]) -> str:
+    """A method's name, with the settings of some names, those of the fine-tuning behind it."""
+    before, after = split_settings(settings)
+    parts = [(method, brief(before, names))] + ([(FINE_TUNED, brief(after, names))] if after else [])
+    return "".join(f"{name} ({told_apart_by})" if told_apart_by else name for name, told_apart_by in parts)
+
+
 def _variants(groups: Mapping[tuple[Any, ...], list[Record]]) -> dict[tuple[str, str], set[str]]:
-    """Per model and method, the names of the settings in which its runs differ."""
-    runs: dict[tuple[str, str], list[Settings]] = defaultdict(list)
+    """Per model and method, the names of the settings in which its runs differ, or those of its fine-tuned runs."""
+    runs: dict[tuple[str, str], list[tuple[Settings, Settings]]] = defaultdict(list)
     for model, method, _, settings in groups:
-        runs[model, method].append(settings)
-    return {run: differing(settings) for run, settings in runs.items()}
+        runs[model, method].append(split_settings(settings))
+    return {
+        run: differing(before for before, _ in parts) | differing(after for _, after in parts if after)
+        for run, parts in runs.items()
+    }
+
+
+def split_settings(settings: Settings) -> tuple[Settings, Settings]:
+    """Settings of the compression, and of the fine-tuning that followed (none where nothing did)."""
+    after = tuple(pair for pair in settings if pair[0].startswith("recover."))
+    return tuple(pair for pair in settings if pair not in after), after
 
 
 def differing(runs: Iterable[Settings]) -> set[str]:
@@ -156,6 +181,7 @@ def settings_of(record: Record) -> Settings:
     kept = {key: record.cell[key] for key in ("ratio_basis", "calibration", "budget", "dtype")}
     kept["model_revision"] = record.provenance.get("model_revision")
     kept["method_config"] = record.cell["method_config"]
+    kept["recover"] = record.cell.get("recover") or {}
     return _flat(kept)
 
 
@@ -172,7 +198,8 @@ def brief(settings: Settings, names: set[str]) -> str:
     nicknames = {name.removesuffix("name") for name in names if name.endswith(".name")}
     kept = [(name, value) for name, value in settings if name in names]
     kept = [pair for pair in kept if pair[0].endswith(".name") or not pair[0].startswith(tuple(nicknames))]
-    return ", ".join(f"{name.removeprefix('method_config.').removesuffix('.name')}={value}" for name, value in kept)
+    prefixes, suffix = r"^(method_config|recover)\.", r"\.name$"
+    return ", ".join(f"{re.sub(f'{prefixes}|{suffix}', '', name)}={value}" for name, value in kept)
 
 
 def _conditions(record: Record, name: str) -> Settings:

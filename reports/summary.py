@@ -6,6 +6,7 @@ from typing import Any
 
 from reports.accuracy import judged
 from reports.comparison import Measured, metric_names, uneven
+from reports.records import Record
 from reports.results import Result, brief, by_model, differing, settings_of
 from reports.tables import percent
 
@@ -20,6 +21,7 @@ def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         "Methods": (cell["method"] for cell in cells),
         "Ratios": (f"{percent(c['ratio']):g} % ({c['ratio_basis']} basis)" for c in cells if c["method"] != "dense"),
         "Seeds": (str(cell["seed"]) for cell in cells),
+        "Fine-tuning": _recoveries(records),
         "Calibration": (_calibration(cell["calibration"]) for cell in cells if cell["calibration"]),
         "Budget preset": (_name(cell["budget"]) for cell in cells),
         "Data type": (str(cell["dtype"]) for cell in cells),
@@ -42,6 +44,15 @@ def _calibration(source: Any) -> str:
     if not isinstance(source, Mapping):
         return str(source)
     return f"{source.get('name')}, {source.get('samples')} windows of {source.get('window')} tokens"
+
+
+def _recoveries(records: Iterable[Record]) -> Iterator[str]:
+    """How fine-tuned cells were trained, and on how many tokens."""
+    for record in records:
+        if recover := record.cell.get("recover"):
+            settings = ", ".join(f"{name} {value}" for name, value in recover.items() if name != "kind")
+            tokens = (record.provenance.get("recovery") or {}).get("tokens")
+            yield f"{recover.get('kind')} on {'?' if tokens is None else f'{tokens:,}'} tokens: {settings}"
 
 
 def _later(origin: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
@@ -67,7 +78,8 @@ def cautions(results: Sequence[Result]) -> Iterator[str]:
     yield from _several_commits(record.provenance for result in results for record in result.records)
     yield from uneven(results)
     for group in by_model(results):
-        yield from _unequal_settings(group)
+        for fine_tuned in (False, True):
+            yield from _unequal_settings([result for result in group if result.fine_tuned == fine_tuned])
     if hidden := _hidden(results):
         yield f"Measured but in none of the tables, see the records: {', '.join(hidden)}."
 

@@ -63,7 +63,7 @@ class DecoderLayer:
     def mlp(self) -> nn.Module | None:
         """The module that computes the MLP; None where the block does it from projections of its own."""
         module = self.module.get_submodule(self.family.mlp or self.family.up)
-        return None if isinstance(module, nn.Linear) else module
+        return module if hasattr(module, self.family.down.rpartition(".")[2]) else None
 
     def _mlp_part(self, name: str) -> nn.Module:
         """A part of the MLP by the last part of its name, wherever a structure has put the rest."""

@@ -27,7 +27,7 @@ from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.objective import equalised
 from methods.tomoe.scores import Scores, measure
 from methods.tomoe.sizes import Sizes, best, solve
-from methods.tomoe.straight_through import OFFSET
+from methods.training.straight_through import OFFSET
 
 if TYPE_CHECKING:
     from methods.tomoe.method import ToMoE

@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.tomoe.network import LayerMasks, ToMoENetwork
-from methods.tomoe.precision import full_precision
-from methods.tomoe.straight_through import st_gumbel_sigmoid, st_gumbel_softmax
+from methods.training.precision import full_precision
+from methods.training.straight_through import st_gumbel_sigmoid, st_gumbel_softmax
 
 CHUNK = 256
 """Tokens whose MLP activations are held in fp32 at a time, in the backward pass."""

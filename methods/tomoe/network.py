@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from methods.modeling.shape import DecoderShape
-from methods.tomoe.hypernetwork import HyperNetwork
 from methods.tomoe.sites import AttentionSite, MLPSite, spread
-from methods.tomoe.straight_through import st_gumbel_sigmoid
+from methods.training.hypernetwork import HyperNetwork
+from methods.training.straight_through import st_gumbel_sigmoid
 
 if TYPE_CHECKING:
     from methods.tomoe.method import ToMoE

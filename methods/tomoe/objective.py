@@ -27,7 +27,7 @@ from torch import Tensor
 from methods.modeling.shape import DecoderShape
 from methods.tomoe.accounting import Kept, layer_weights, prunable
 from methods.tomoe.network import LayerMasks
-from methods.tomoe.straight_through import probability_on, straight_through
+from methods.training.straight_through import probability_on, straight_through
 
 if TYPE_CHECKING:
     from methods.tomoe.method import ToMoE
@@ -148,8 +148,8 @@ class Terms:
     widths: list[Kept]
     balances: list[Balance]
 
-    def row(self) -> dict[str, float]:
-        """The numbers, by column."""
+    def row(self) -> dict[str, Any]:
+        """The numbers, as scalar tensors, by column."""
         language = {"lm": self.language}
         if self.entropy is not None:
             language = {"kd": self.language, "kd_cross_entropy": self.language + self.entropy}
@@ -167,7 +167,7 @@ class Terms:
         for layer, (width, balance) in enumerate(zip(self.widths, self.balances, strict=True)):
             columns |= {f"{name}.{layer}": value for name, value in width._asdict().items()}
             columns |= {f"load.{layer}.{expert}": load for expert, load in enumerate(balance.loads_N)}
-        return {name: float(torch.as_tensor(value).detach()) for name, value in columns.items()}
+        return columns
 
 
 def terms(

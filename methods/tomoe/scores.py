@@ -19,8 +19,8 @@ from methods.base import Calibration, Context
 from methods.modeling.decoder import Decoder
 from methods.tomoe.masking import MaskedDecoder
 from methods.tomoe.network import ToMoENetwork
-from methods.tomoe.straight_through import gumbel
-from methods.tomoe.training import seeded
+from methods.training.seeding import seeded
+from methods.training.straight_through import gumbel
 
 TOKENS = 8192
 """Calibration tokens whose value scores decide K, at most."""

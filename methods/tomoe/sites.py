@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from methods.tomoe.precision import FullPrecisionLinear
+from methods.training.precision import FullPrecisionLinear
 
 
 class MLPSite(nn.Module):

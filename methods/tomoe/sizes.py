@@ -27,7 +27,7 @@ from methods.errors import UserError
 from methods.modeling.shape import DecoderShape
 from methods.tomoe import accounting
 from methods.tomoe.scores import Scores
-from methods.tomoe.straight_through import OFFSET, probability_on
+from methods.training.straight_through import OFFSET, probability_on
 
 if TYPE_CHECKING:
     from methods.tomoe.method import ToMoE

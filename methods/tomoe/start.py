@@ -30,7 +30,7 @@ from methods.base import Context
 from methods.errors import overflow
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.tomoe.network import ToMoENetwork
-from methods.tomoe.straight_through import OFFSET
+from methods.training.straight_through import OFFSET
 
 TOKENS, ROUNDS, ROUTER_STEPS = 8192, 30, 300
 """Tokens to look at, rounds of step 1, Adam steps of step 2."""

@@ -7,8 +7,8 @@ from benchmarks import cli
 
 OPTIONS = """
     --help --models --ratios --methods --tasks --seeds --budget --ratio-basis --ratio-tolerance --calibration --set
-    --device --dtype --offline --out --checkpoints --executor --workers --plan --force --only-evaluate --fail-fast
-    --list
+    --recover --device --dtype --offline --out --checkpoints --executor --workers --plan --force --only-evaluate
+    --fail-fast --list
 """
 
 

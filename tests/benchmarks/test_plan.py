@@ -38,6 +38,7 @@ CHANGES: dict[str, Any] = {
     "calibration": Source(name="text", samples=4, window=64),
     "budget": replace(PRESETS["smoke"], documents=9),
     "dtype": "bfloat16",
+    "recover": {"kind": "lora", "rank": 8},
 }
 
 

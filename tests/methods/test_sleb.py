@@ -34,7 +34,7 @@ from tests.methods.tiny import (
     tiny_config,
     tiny_model,
 )
-from tests.methods.tomoe.small import tokenizer
+from tests.methods.training.small import tokenizer
 
 HERE = Context(scratch=Path())
 

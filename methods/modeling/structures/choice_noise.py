@@ -4,6 +4,8 @@ Routers and value scores get Gumbel(0, 1) noise, drawn anew in every pass from t
 expert is a draw from softmax(R x_t / scale). Such a model has no single perplexity; report the mean over several seeds.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,3 +43,16 @@ def apply(model: PreTrainedModel, record: dict[str, Any]) -> None:
     for linear in choices:
         linear.__class__ = NoisyLinear
         linear.scale = record["scale"]  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def without_noise(model: PreTrainedModel) -> Iterator[None]:
+    """While open, every choice of a noisy model is the likeliest."""
+    noisy: list[nn.Module] = [module for module in model.modules() if isinstance(module, NoisyLinear)]
+    for linear in noisy:
+        linear.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for linear in noisy:
+            linear.__class__ = NoisyLinear

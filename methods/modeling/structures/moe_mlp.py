@@ -18,13 +18,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from methods.errors import UserError, unknown
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.modeling.record import add_structure, structures_of
 from methods.modeling.structures import moe_choice
-from methods.modeling.structures.moe_neurons import Neurons
+from methods.modeling.structures.moe_neurons import Neurons, times
 from methods.modeling.structures.moe_stores import STORES, Pseudo
 from methods.modeling.structures.narrow_mlp import narrow_mlp
 from methods.modeling.structures.row_products import lay_out
@@ -84,14 +85,21 @@ class MoEMLP(nn.Module):
         return y_TD.view(*hidden_states.shape[:-1], -1)
 
     def _multiply(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # copies would keep their gradient to themselves
-            return Pseudo(self.union, self.index).masked(experts_T, x_TD)
+        if torch.is_grad_enabled() or not all(isinstance(linear, nn.Linear) for linear in self._linears()):
+            return self._called(experts_T, x_TD)  # copies would keep their gradient to themselves, or miss an adapter
         store = self._ready()
         if self.path == "fixed":
             return store.ways[moe_choice.fixed(store, x_TD)](experts_T, x_TD)
         if self.path == "measured":
             return store.ways[moe_choice.measured(store, experts_T, x_TD)](experts_T, x_TD)
         return store.ways[self.path](experts_T, x_TD)
+
+    def _called(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
+        """As `Pseudo.masked`, by calling the projections."""
+        *inputs, output = self._linears()
+        pseudo = Pseudo(self.union, self.index)
+        hidden_TU = pseudo.union.combine([linear(x_TD) for linear in inputs])
+        return output(times(hidden_TU, embedding(experts_T, pseudo.mask_NU)))
 
     def _ready(self) -> Pseudo:
         """The store, made anew where a tensor behind it has been replaced or written to."""

@@ -22,8 +22,11 @@ SMALLEST = 1 << 20
 
 
 def reads_rows(linear: nn.Linear) -> bool:
-    """Whether one token is to be multiplied with some rows of a weight rather than all, from its kind and size."""
-    return can_read(linear.weight) and linear.weight.numel() >= SMALLEST
+    """Whether one token is to be multiplied with some rows of a weight rather than all, from its kind and size.
+
+    An adapter around a projection is no `nn.Linear`: it has to be called.
+    """
+    return isinstance(linear, nn.Linear) and can_read(linear.weight) and linear.weight.numel() >= SMALLEST
 
 
 def some_outputs(linear: nn.Linear, x_1D: Tensor, rows_R: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from methods.tomoe.scores import measure
 from methods.tomoe.sites import spread
 from methods.tomoe.sizes import best, sizes_at, solve
 from tests.methods.tiny import CONFIGS, ONE_PER_FAMILY, assert_cache_changes_nothing, logits, some_ids, tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, network, tokenizer
+from tests.methods.tomoe.small import network
+from tests.methods.training.small import SmallCalibration, context, tokenizer
 
 VARIANTS: list[dict[str, Any]] = [
     {},

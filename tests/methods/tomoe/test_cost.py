@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from methods.base import Budget
 from methods.tomoe import ToMoE, masking
-from methods.tomoe.distillation import distillation
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.training import Trainer
+from methods.training.losses import distillation
+from methods.training.recomputation import recomputed
 from tests.methods.tiny import ONE_PER_FAMILY, tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
+from tests.methods.training.small import SmallCalibration, context, tokenizer
 
 TOKENS, WIDTH = 1024, 512
 PROPORTIONS = {"hidden_size": 128, "intermediate_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 16}
@@ -191,6 +192,6 @@ def test_a_bf16_model_trains_in_full_precision_with_and_without_recomputation(na
 def test_recomputation_holds_a_fraction_of_the_activations(tmp_path: Path) -> None:
     made = trainer("llama-mha", torch.bfloat16, tmp_path, "per_token", checkpointing=True)
     plain_between, _ = cost(plain(made))
-    with made.masked.attached(), made._recomputed():
+    with made.masked.attached(), recomputed(made.decoder.layers):
         between, _ = cost(student(made))
     assert between < 0.25 * plain_between

@@ -41,8 +41,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     context = Context(scratch=tmp_path_factory.mktemp("scratch"), training=Training(steps=100, sequences=2, window=128))
     method = ToMoE()
     trainer = Trainer(method, dense(), tokens, RATIO, calibration, context)
-    rows, step = [], trainer._step
-    trainer._step = lambda *arguments: rows.append(step(*arguments)) or rows[-1]  # type: ignore[method-assign]
+    rows, step = [], trainer.loop.step
+    trainer.loop.step = lambda *arguments: rows.append(step(*arguments)) or rows[-1]  # type: ignore[method-assign]
     trainer.run()
     stream = torch.tensor(tokens(data.load("wikileads", "test").content, verbose=False)["input_ids"])
     made = [

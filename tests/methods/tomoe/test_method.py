@@ -16,8 +16,8 @@ from methods.modeling import Decoder
 from methods.modeling.footprint import footprint
 from methods.tomoe import ToMoE
 from tests.methods.tiny import assert_cache_changes_nothing, tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
 from tests.methods.tomoe.test_accounting import SHAPES
+from tests.methods.training.small import SmallCalibration, context, tokenizer
 
 ABLATIONS: list[dict[str, str]] = [
     {"experts": "1", "vo_routing": "false"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.modeling import Decoder
 from methods.tomoe import ToMoE, objective
 from methods.tomoe.network import LayerMasks
-from methods.tomoe.straight_through import st_gumbel_sigmoid
+from methods.training.straight_through import st_gumbel_sigmoid
 from tests.methods.tiny import tiny_model
 
 SHAPE = Decoder(tiny_model("llama-gqa")).shape

@@ -28,9 +28,10 @@ from methods.base import Budget
 from methods.tomoe import ToMoE, training
 from methods.tomoe.network import ToMoENetwork
 from methods.tomoe.training import Trainer
+from methods.training import loop
 from tests.benchmarks.small_run import arguments, make_model, make_text
 from tests.methods.tiny import tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
+from tests.methods.training.small import SmallCalibration, context, tokenizer
 
 STEPS = 4
 ROOT = Path(__file__).parents[3]
@@ -63,7 +64,7 @@ def flat_gradients(made: Trainer, into: list[Tensor]) -> None:
         gradients = {name: parameter.grad for name, parameter in made.network.trained().items()}
         into.append(torch.cat([g.flatten() for _, g in sorted(gradients.items()) if g is not None]))
 
-    made.optimizer.register_step_pre_hook(see)
+    made.loop.optimizer.register_step_pre_hook(see)
 
 
 def train_whole(folder: Path) -> dict[str, Tensor]:
@@ -83,7 +84,7 @@ def train_whole(folder: Path) -> dict[str, Tensor]:
 
 def train_killed(folder: Path) -> dict[str, Tensor]:
     """A run that ends in its third step, and the one that resumes it."""
-    training.SAVE_SECONDS = 0.0
+    loop.SAVE_SECONDS = 0.0
 
     def stop(call: int, ids: Tensor, terms: Any) -> Any:
         if call == 2:
@@ -108,7 +109,7 @@ def train_with_one_bad_loss(folder: Path) -> dict[str, Tensor]:
     made = trainer(folder)
     with changed_terms(spoil):
         made.run()
-    return {"skipped": torch.tensor(made.state.skipped)} | made.network.state_dict()
+    return {"skipped": torch.tensor(made.loop.state.skipped)} | made.network.state_dict()
 
 
 def begin_unevenly(folder: Path) -> dict[str, Tensor]:
@@ -197,10 +198,10 @@ def test_the_gradient_is_the_mean_of_what_each_process_computes(folder: Path, tm
     parts: list[Tensor] = []
     for rank in range(2):
         made = trainer(tmp_path / str(rank))
-        made.process = SimpleNamespace(num_processes=2, process_index=rank)  # pyright: ignore
+        made.loop.process = SimpleNamespace(num_processes=2, process_index=rank)  # pyright: ignore
         flat_gradients(made, parts)
         with made.masked.attached():
-            made._step(0, next(made._batches()))
+            made.loop.step(0, next(made.loop.batches()))
     assert not torch.allclose(parts[0], parts[1])
     for result in both(folder, "whole"):
         torch.testing.assert_close(result["gradient"], (parts[0] + parts[1]) / 2)

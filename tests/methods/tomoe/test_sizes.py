@@ -18,8 +18,9 @@ from methods.tomoe.conversion import convert
 from methods.tomoe.scores import Scores, drawn, measure
 from methods.tomoe.sizes import neurons_on, sizes_at
 from tests.methods.tiny import ONE_PER_FAMILY, logits, tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, network
+from tests.methods.tomoe.small import network
 from tests.methods.tomoe.test_accounting import SHAPES
+from tests.methods.training.small import SmallCalibration, context
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from methods.base import Budget, Context
 from methods.modeling import Decoder
 from methods.tomoe import ToMoE, start
 from methods.tomoe.network import ToMoENetwork
-from methods.tomoe.straight_through import probability_on
 from methods.tomoe.training import Trainer
+from methods.training.straight_through import probability_on
 from tests.methods.tiny import CONFIGS, some_ids, tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, tokenizer
+from tests.methods.training.small import SmallCalibration, context, tokenizer
 
 
 def planted(tokens: int = 600, groups: int = 4, neurons: int = 40) -> tuple[torch.Tensor, torch.Tensor]:

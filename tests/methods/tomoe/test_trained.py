@@ -128,11 +128,11 @@ def test_stepwise_decoding_with_a_cache_is_the_full_pass(case: Case) -> None:
 def test_z_stays_and_a_resumed_run_is_an_uninterrupted_one(case: Case, tmp_path: Path) -> None:
     assert case.network.hypernetwork.z_SNI.equal(case.z_SNI)
     killed = case.trainer(tmp_path)
-    batches = killed._batches()
+    batches = killed.loop.batches()
     killed.model.requires_grad_(False)
     with killed.masked.attached():
-        killed._step(0, next(batches))
-    killed.state.save("step-000001", 1)
+        killed.loop.step(0, next(batches))
+    killed.loop.state.save("step-000001", 1)
     resumed = case.trainer(tmp_path)
     resumed.run()
     pairs = zip(resumed.network.state_dict().values(), case.network.state_dict().values(), strict=True)

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from methods.base import Budget
 from methods.errors import UserError
 from methods.modeling import Decoder
-from methods.tomoe import ToMoE, training
+from methods.tomoe import ToMoE
 from methods.tomoe.network import ToMoENetwork
-from methods.tomoe.state import TrainingState
 from methods.tomoe.training import Trainer, train
+from methods.training import loop
+from methods.training.loop import Loop
 from tests.methods.tiny import ONE_PER_FAMILY, tiny_model
-from tests.methods.tomoe.small import SmallCalibration, context, sentences, tokenizer
+from tests.methods.training.small import SmallCalibration, context, sentences, tokenizer
 
 HALF = Budget(ratio=0.6, basis="block", tolerance=0.2)
 
@@ -62,19 +63,19 @@ def unused(network: ToMoENetwork) -> set[str]:
 @pytest.mark.parametrize("settings", [{}, {"mask_noise": "per_token"}, {"start": "energy"}, {"checkpointing": True}])
 def test_resumed_equals_uninterrupted_bit_for_bit(settings: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
     whole = run(tmp_path / "whole", steps=6, artifacts=tmp_path / "a", **settings)
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    step, killed_at = Trainer._step, 4
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    step, killed_at = Loop.step, 4
 
-    def killed(self: Trainer, number: int, batch: torch.Tensor) -> dict[str, float]:
+    def killed(self: Loop, number: int, batch: torch.Tensor) -> dict[str, float]:
         if number == killed_at:
             raise KeyboardInterrupt
         return step(self, number, batch)
 
-    monkeypatch.setattr(Trainer, "_step", killed)
+    monkeypatch.setattr(Loop, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "part", steps=6, artifacts=tmp_path / "b", **settings)
     assert [path.name for path in (tmp_path / "part" / "tomoe").iterdir()] == ["step-000004"]
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Loop, "step", step)
     assert same(run(tmp_path / "part", steps=6, artifacts=tmp_path / "b", **settings), whole)
     one, other = ((tmp_path / folder / "training.csv").read_text() for folder in "ab")
     without_time = [[row[:-3] for row in csv.reader(text.splitlines())] for text in (one, other)]
@@ -123,13 +124,6 @@ def test_any_seed_will_do(seed: int, tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in trained.state_dict().values())
 
 
-def test_the_latest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
-    for name in ("step-999999", "step-1000000"):
-        (tmp_path / name).mkdir()
-    state = TrainingState(tmp_path, None, None, {})  # type: ignore[arg-type]
-    assert [path.name for path in state._checkpoints()] == ["step-999999", "step-1000000"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_permuted_matrix_is_another_model(dtype: torch.dtype, tmp_path: Path) -> None:
     """All sums of a matrix stay what they were."""
@@ -150,20 +144,6 @@ def test_the_column_is_named_after_the_loss(loss: str, columns: set[str], tmp_pa
     assert {name for name in row if name.startswith(("kd", "lm"))} == columns
     assert row["batch_tokens"] == "32"  # two sequences of 16
     assert float(row["tokens_per_second"]) == pytest.approx(32 / float(row["seconds"]), rel=1e-6)
-
-
-def test_noise_leaves_the_generators_as_they_were(monkeypatch) -> None:
-    """Of the processor, and of a device that has one of its own."""
-    states = {"mps": torch.tensor([1, 2, 3])}
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: states[device])
-    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: states.update({device: state}))
-    before = torch.get_rng_state()
-    with training.seeded(1, "mps"):
-        states["mps"] = torch.zeros(3)
-        first = torch.rand(3)
-    with training.seeded(1, "cpu"):
-        assert torch.rand(3).equal(first)
-    assert torch.get_rng_state().equal(before) and states["mps"].tolist() == [1, 2, 3]
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path: Path, monkeypatch) -> None:

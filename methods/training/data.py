@@ -53,6 +53,11 @@ class Blocks:
                 digest.update(f"{len(text)} {text}".encode())
         return digest.hexdigest()
 
+    def predictable(self, targets: Tensor) -> Tensor:
+        """Which of some tokens, of any shape, a model can learn to predict: the BOS after a row comes by chance."""
+        bos: Any = self._tokenizer.bos_token_id
+        return targets != (-1 if bos is None else bos)
+
     def __iter__(self) -> Iterator[Tensor]:
         self.tokens, chance = dict.fromkeys(self._rows, 0), random.Random(self._seed)
         sources = {name: _shuffled_forever(texts, chance) for name, texts in self._rows.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from methods.tomoe.log import NAME, StepLog
+from methods.training.log import NAME, StepLog
 
 
 def write(folder: Path, start: int, stop: int, more: dict[str, float] | None = None, tensorboard: bool = False) -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from methods.tomoe import distillation as module
-from methods.tomoe.distillation import distillation, next_token
+from methods.training import losses as module
+from methods.training.losses import distillation, next_token
 
 
 @pytest.fixture(params=[True, False])

@@ -1,4 +1,4 @@
-"""The term of the objective that looks at the vocabulary: distillation from the dense model, or next-token prediction.
+"""The losses that look at the vocabulary: distillation from the dense model, and next-token prediction.
 
     KD = mean over tokens of KL(p_teacher || p_student)          temperature 1, whole vocabulary, fp32
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods.tomoe.precision import full_precision
+from methods.training.precision import full_precision
 
 CHUNK = 256
 """Tokens whose logits are held at a time."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from methods.errors import UserError
-from methods.tomoe.data import ROWS, Blocks
-from tests.methods.tomoe.small import WORDS, sentences, tokenizer
+from methods.training.data import ROWS, Blocks
+from tests.methods.training.small import WORDS, sentences, tokenizer
 
 
 def test_blocks_are_the_rows_of_a_group_cut_and_the_rest_dropped() -> None:

@@ -1,4 +1,4 @@
-"""Discrete functions with a gradient (ToMoE, equations for ST-GumbelSigmoid and ST-GumbelSoftmax).
+"""Discrete functions with a gradient (ToMoE: ST-GumbelSigmoid, ST-GumbelSoftmax; DISP-LLM: the former).
 
     ST-GSig(a)     y = sigmoid((a + g + b) / tau)     value round(y)           gradient of y
     ST-GSmax(r)    y = softmax((r + g) / tau)         value one-hot(argmax y)  gradient of y

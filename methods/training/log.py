@@ -82,7 +82,7 @@ def _board(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "tomoe.tensorboard needs the package tensorboard. Type pip install tensorboard, or leave it out: "
-            "training.csv has the same numbers."
+            "the setting tensorboard=true needs the package tensorboard. Type pip install tensorboard, or leave it "
+            "out: training.csv has the same numbers."
         ) from None
     return SummaryWriter(str(folder), purge_step=start)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods.tomoe.hypernetwork import HyperNetwork, without_cudnn
+from methods.training.hypernetwork import HyperNetwork, without_cudnn
 
 
 def made() -> HyperNetwork:

@@ -1,13 +1,13 @@
-"""The hypernetwork: one embedding per expert and site, from fixed noise (ToMoE, equation for E = HyperNetwork(z)).
+"""The hypernetwork: embeddings of sites of the network, from fixed noise (ToMoE, E = HyperNetwork(z); DISP-LLM).
 
-A bidirectional GRU runs over the 2L sites attn0, mlp0, attn1, mlp1, ... of the network, each of the N experts being a
-sequence of its own: information flows between layers, and between attention and MLP, not between experts. Dropped after
+A bidirectional GRU runs over the sites, in ToMoE attn0, mlp0, attn1, mlp1, ..., each of the N experts being a sequence
+of its own: information flows between layers, and between attention and MLP, not between experts. Dropped after
 training.
 
-Departs from the released code: z stays fixed. There a later loop makes it trainable.
+Departs from ToMoE's released code: z stays fixed. There a later loop makes it trainable.
 """
 
-# Shape suffixes: S sites (2L), N experts, E embedding width.
+# Shape suffixes: S sites, N experts (DISP-LLM has none: 1), E embedding width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,13 +1,14 @@
 """Checkpoints of a training run: safetensors and JSON, written whole or not at all.
 
 One folder per checkpoint, `step-XXXXXX` while training and `final` at the end, each with everything a resumed run
-needs: trained tensors and z, optimiser state, and `state.json` with the step, the counters and the run's identity.
+needs: trained tensors, optimiser state, and `state.json` with the step, the counters and the run's identity.
 Noise and data need no state of their own: both follow from the seed and the step.
 """
 
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from methods.errors import UserError
-from methods.tomoe.network import ToMoENetwork
+
+TENSORS = "trained/"
+"""Prefix of the tensors' names in a checkpoint, beside that of the optimiser's."""
 
 
 class TrainingState:
     """What a run of training must not lose."""
 
     def __init__(
-        self, folder: Path, network: ToMoENetwork, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        identity: Mapping[str, Any],
     ) -> None:
-        self.folder, self.network, self.optimizer = folder, network, optimizer
+        """`tensors` are what is to be saved, by name: all that the optimiser changes, and more."""
+        self.folder, self.tensors, self.optimizer = folder, tensors, optimizer
         self.identity = json.loads(json.dumps(identity))
         self.skipped = self.in_a_row = 0
         self._saved = time.monotonic()
@@ -41,7 +49,7 @@ class TrainingState:
             shutil.rmtree(torn)
         partial = self.folder / f".{name}.partial"
         partial.mkdir(parents=True)
-        save_file(self._tensors(), partial / "state.safetensors")
+        save_file(self._content(), partial / "state.safetensors")
         counters = {"step": step, "skipped": self.skipped, "in_a_row": self.in_a_row}
         (partial / "state.json").write_text(json.dumps({**counters, "identity": self.identity}, indent=1))
         shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -81,27 +89,28 @@ class TrainingState:
 
     def _names(self) -> dict[int, str]:
         """Parameter names by their place in the optimiser's state."""
-        names = {id(parameter): name for name, parameter in self.network.trained().items()}
+        names = {id(tensor): name for name, tensor in self.tensors.items()}
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return {place: names[id(parameter)] for place, parameter in enumerate(ordered)}
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _content(self) -> dict[str, Tensor]:
         names = self._names()
         moments = {
             f"optimizer/{names[place]}/{key}": value
             for place, entries in self.optimizer.state_dict()["state"].items()
             for key, value in entries.items()
         }
-        tensors = {f"network/{name}": value for name, value in self.network.state_dict().items()} | moments
-        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        tensors = {f"{TENSORS}{name}": tensor for name, tensor in self.tensors.items()} | moments
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        prefix = "network/"
-        self.network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    @torch.no_grad()
+    def _load(self, saved: dict[str, Tensor]) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.copy_(saved[f"{TENSORS}{name}"])
         content = self.optimizer.state_dict()
         content["state"] = {
-            place: {key: tensors[f"optimizer/{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            place: {key: saved[f"optimizer/{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             for place, name in self._names().items()
-            if f"optimizer/{name}/step" in tensors
+            if f"optimizer/{name}/step" in saved
         }
         self.optimizer.load_state_dict(content)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from methods.tomoe.straight_through import (
+from methods.training.straight_through import (
     OFFSET,
     gumbel,
     probability_on,
