@@ -20,8 +20,8 @@ def structures(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def test_of_a_mixture(structures: dict[str, Any]) -> None:
     told = structures["tomoe"]
-    keys = ["model_type", "num_hidden_layers", "compression", "removed_layers", "rotated_width", "layers", "loads"]
-    assert list(told) == keys
+    keys = ["model_type", "num_hidden_layers", "compression", "removed_layers", "rotated_width", "narrow_width"]
+    assert list(told) == [*keys, "layers", "loads"]
     assert told["model_type"] == "tomoe_bench_llama" and told["num_hidden_layers"] == len(told["layers"]) == 4
     assert told["compression"]["structures"]["moe_mlp"]["layers"][0]["experts"] == 3
     for layer, shares in zip(told["layers"], told["loads"]["calibration"], strict=True):
