@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks import data, launch, models, record, store
+from benchmarks import data, launch, models, record, sharing, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
 from methods.base import Context, Progress, Silent, Training
@@ -36,16 +36,18 @@ def make(job: Job, progress: Tracker) -> None:
     load_s, dense = laps.lap(), footprint(model)
     launch.announce(job)
     calibration = _calibration(job, tokenizer)
-    model = _compress(job, model, tokenizer, calibration, progress)
-    compress_s = laps.lap()
+    notes: list[str] = []
+    model = _compress(job, model, tokenizer, calibration, progress, notes)
+    compress_s, peak = laps.lap(), memory()
     with _arriving(job.scratch / "checkpoint") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         measured = {
             "size": _size(job, dense, footprint(model), partial),
             "time": {"load_s": load_s, "compress_s": compress_s, "save_s": laps.lap()},
-            "memory": memory(),
+            "memory": peak | {f"compress_{key}": value for key, value in peak.items()},
             "provenance": {"dataset_revisions": _revisions(job, calibration), "task_versions": {}} | record.origin(job),
+            "notes": notes,
         }
         store.write_json(record.measured_file(partial), measured)
         store.write_json(job.folder / "structure.json", _structure(model, calibration))
@@ -54,7 +56,7 @@ def make(job: Job, progress: Tracker) -> None:
 def assist(job: Job) -> None:
     """The part of `make` in which the processes of a launch work together; the result is the main process's to keep."""
     model, tokenizer = load(models.resolve(job.model).prepare(), job)
-    _compress(job, model, tokenizer, _calibration(job, tokenizer), Silent())
+    _compress(job, model, tokenizer, _calibration(job, tokenizer), Silent(), [])
 
 
 @contextmanager
@@ -97,20 +99,24 @@ def _compress(
     tokenizer: PreTrainedTokenizerBase,
     calibration: data.TokenCalibration | None,
     progress: Progress,
+    notes: list[str],
 ) -> PreTrainedModel:
-    """The compressed model; without calibration the dense one."""
+    """The compressed model; without calibration the dense one. What the method has to say is added to `notes`."""
     if calibration is None:
         return model
     context = Context(
         device=job.device,
         seed=job.cell.seed,
         scratch=job.scratch / "method",
+        shared=job.shared,
         training=_training(job, model),
         artifacts=job.folder,
         progress=progress,
+        notes=notes,
     )
     torch.manual_seed(job.cell.seed)
-    return job.method.compress(model, tokenizer, job.budget, calibration, context)
+    with sharing.used(job):
+        return job.method.compress(model, tokenizer, job.budget, calibration, context)
 
 
 def _training(job: Job, model: PreTrainedModel) -> Training:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 
-from benchmarks import launch, record, store
+from benchmarks import launch, record, sharing, store
 from benchmarks.job import Job
 from benchmarks.progress import Event, Show, Tracker, prefixed
 from methods.errors import UserError
@@ -32,7 +32,10 @@ def execute(jobs: list[Job], *, executor: str, workers: int, fail_fast: bool, sh
     if not jobs:
         return []
     outcomes = EXECUTORS[executor](jobs, workers, fail_fast, show)
-    return list(Tracker(show).track(outcomes, "cells", len(jobs)))
+    try:
+        return list(Tracker(show).track(outcomes, "cells", len(jobs)))
+    finally:
+        sharing.remove(jobs)
 
 
 def _inline(jobs: list[Job], workers: int, fail_fast: bool, show: Show) -> Iterator[Outcome]:

@@ -137,6 +137,12 @@ class Job:
         return self.folder / "log.txt"
 
     @property
+    def shared(self) -> Path:
+        """What cells of one model, dtype, device, text and seed can use of each other's work, while the run lasts."""
+        like = [self.cell.fingerprint, self.cell.dtype, self.device, asdict(self.cell)["calibration"], self.cell.seed]
+        return Path(self.out, ".shared", hashlib.sha256(json.dumps(like).encode()).hexdigest()[:12])
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that works on the cell."""
         return Path(self.out, ".locks", self.cell.id)

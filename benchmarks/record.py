@@ -53,6 +53,7 @@ def assemble(job: Job, error: str | None) -> store.Record:
         "time": _time(measured["time"], evaluated, results),
         "memory": _peak([part["memory"] for part in parts]),
         "provenance": _provenance(job, parts),
+        "notes": measured.get("notes", []),
         "error": error,
     }
 
@@ -81,8 +82,8 @@ def _time(made: dict[str, float], evaluated: float, results: list[dict[str, Any]
 
 def _peak(parts: list[dict[str, int | None]]) -> dict[str, int | None]:
     """The largest of the peaks; None where nothing was measured, as on a device without such a counter."""
-    keys = ("peak_host_bytes", "peak_device_bytes")
-    return {key: max((value for part in parts if (value := part[key]) is not None), default=None) for key in keys}
+    keys = dict.fromkeys((*store.PARTS["memory"], *(key for part in parts for key in part)))
+    return {key: max((value for part in parts if (value := part.get(key)) is not None), default=None) for key in keys}
 
 
 def _provenance(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from methods.errors import UserError
 
 SCHEMA = 1
-KEYS = ("schema", "status", "cell", "size", "metrics", "time", "memory", "provenance", "error")
+KEYS = ("schema", "status", "cell", "size", "metrics", "time", "memory", "provenance", "notes", "error")
 CELL_KEYS = (
     "id",
     "model",
@@ -44,6 +44,7 @@ EMPTY: Record = {
     "time": dict.fromkeys(PARTS["time"], 0.0),
     "memory": dict.fromkeys(PARTS["memory"]),
     "provenance": {key: {} for key in PARTS["provenance"]},
+    "notes": [],
 }
 """What a cell that was never run has measured so far."""
 
@@ -101,6 +102,8 @@ def read_record(path: Path) -> Record | None:
         return None
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
+    if isinstance(record, dict):
+        record.setdefault("notes", [])  # the first records had none
     _check(path, record)
     return record
 

@@ -158,10 +158,20 @@ class Context:
     """Calibration windows per forward pass."""
     scratch: Path
     """A folder (to be made when needed) that survives a kill, for the checkpoints of methods that train."""
+    shared: Path | None = None
+    """A folder (likewise) for what other cells of the same model, text and seed can use, see `methods.sharing`; None:
+    nothing is shared."""
     training: Training = field(default_factory=Training)
     artifacts: Path | None = None
     """A folder that outlives the run, for what a method leaves to be analysed (training.csv); None: keep nothing."""
     progress: Progress = field(default_factory=Silent)
+    notes: list[str] = field(default_factory=list)
+    """What the reader of the result must know; see `note`."""
+
+    def note(self, text: str) -> None:
+        """Tell the reader of the result, once, what was not as usual: a fallback, a damping that had to grow."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 class Method(ABC):

@@ -21,6 +21,7 @@ from methods.errors import UserError
 from methods.lazy import torch
 from methods.linalg import Covariance, Precision
 from methods.modeling.shape import DecoderShape
+from methods.sharing import REUSED, read_or, write_whole
 from methods.shortgpt import cosine, finite
 
 if TYPE_CHECKING:
@@ -67,13 +68,24 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"block-{index}.safetensors"
 
 
+def gathered(
+    model: PreTrainedModel, calibration: Calibration, context: Context, folder: Path, precision: Precision
+) -> Statistics:
+    """What an earlier cell has left in the folder, or else `gather`."""
+    influence = read_or(folder / "influence.json", None)
+    if influence is None:
+        return gather(model, calibration, context, folder, precision)
+    context.note(REUSED.format("block statistics"))
+    return Statistics(folder, influence, model.device)
+
+
 def gather(
     model: PreTrainedModel, calibration: Calibration, context: Context, folder: Path, precision: Precision = "float64"
 ) -> Statistics:
     """One pass of a dense model over the calibration text.
 
     Args:
-        folder: exists; gets one file per block.
+        folder: exists; gets one file per block, and when all are there influence.json.
         precision: in which the MLP's covariance is summed.
 
     Raises:
@@ -92,7 +104,8 @@ def gather(
                 signals.update(observer.step)
             save_file(observer.statistics()._asdict(), _file(folder, index))
             influence.append(observer.influence())
-    return Statistics(folder, finite(influence), model.device)
+    write_whole(folder / "influence.json", finite(influence))
+    return Statistics(folder, influence, model.device)
 
 
 class BlockObserver:

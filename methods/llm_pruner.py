@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from methods import modeling
 from methods.allocation import (
@@ -50,6 +50,7 @@ from methods.importance import WITH_SQUARES, WITHOUT_GRADIENT, Importance, Measu
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
+from methods.sharing import remembered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,8 @@ if TYPE_CHECKING:
 
     from methods.modeling import Decoder, DecoderLayer
 
-    Measuring = Callable[[Sequence[Parameter]], Importance]
+    Scoring = Callable[[int, Sequence[Parameter], Callable[[Importance], Any]], Any]
+    """Step, parameters, and what to make of their importance: the scores, as lists."""
 
 Reduction = Literal["sum", "mean", "max", "prod", "first"]
 REDUCTIONS: dict[Reduction, Callable[[Tensor], Tensor]] = {
@@ -137,38 +139,58 @@ class LLMPruner(Method):
             return model
         decoder = modeling.Decoder(model)
         self.predict(decoder.shape, budget)
-        generator = torch.Generator().manual_seed(context.seed)
 
-        def measuring(parameters: Sequence[Parameter]) -> Importance:
-            if self.importance in WITHOUT_GRADIENT:
-                return Importance(self.importance, {}, generator)
-            ids_NT = snippets(calibration, self.samples, self.tokens, context.batch_size, generator)
-            squares = self.importance in WITH_SQUARES
-            moments = gradient_moments(model, parameters, ids_NT, context.progress, squares=squares)
-            return Importance(self.importance, moments, generator)
+        def scoring(step: int, parameters: Sequence[Parameter], score: Callable[[Importance], Any]) -> Any:
+            def measure() -> Any:
+                return score(self._importance(model, parameters, calibration, context, step))
+
+            if step > 1:
+                return measure()
+            return remembered(context, calibration, "importance", measure, **dataclasses.asdict(self))
 
         prune = self._prune_blocks if self.mode == "block" else self._prune_stream
-        return prune(decoder, decoder.shape, budget, measuring)
+        return prune(decoder, decoder.shape, budget, scoring)
 
-    def _prune_blocks(
-        self, decoder: Decoder, shape: DecoderShape, budget: Budget, measuring: Measuring
-    ) -> PreTrainedModel:
-        goal = allocate(shape, budget, self.blocks(shape))
-        layers, choose = decoder.layers, {"layer": uniform_choice, "global": global_choice}[self.ranking]
+    def _importance(
+        self,
+        model: PreTrainedModel,
+        parameters: Sequence[Parameter],
+        calibration: Calibration,
+        context: Context,
+        step: int,
+    ) -> Importance:
+        """What rows and columns of some parameters score before a step; each step draws texts of its own."""
+        generator = torch.Generator().manual_seed(context.seed + 1_000_003 * (step - 1))
+        if self.importance in WITHOUT_GRADIENT:
+            return Importance(self.importance, {}, generator)
+        ids_NT = snippets(calibration, self.samples, self.tokens, context.batch_size, generator)
+        squares = self.importance in WITH_SQUARES
+        moments = gradient_moments(model, parameters, ids_NT, context.progress, squares=squares)
+        return Importance(self.importance, moments, generator)
+
+    def _prune_blocks(self, decoder: Decoder, shape: DecoderShape, budget: Budget, scoring: Scoring) -> PreTrainedModel:
+        goal, reduce = allocate(shape, budget, self.blocks(shape)), REDUCTIONS[self.reduction]
+        layers = [decoder.layers[block] for block in goal.blocks]
+        choose = {"layer": uniform_choice, "global": global_choice}[self.ranking]
+
+        def score(importance: Importance) -> list[list[list[float]]]:
+            scores = (block_scores(layer, shape.head_dim, importance, reduce) for layer in layers)
+            return [[part.tolist() for part in both] for both in scores]
+
         for step in range(1, self.iterative_steps + 1):
-            importance = measuring([p for block in goal.blocks for p in layers[block].module.parameters()])
-            reduce = REDUCTIONS[self.reduction]
-            scores = [block_scores(layers[block], shape.head_dim, importance, reduce) for block in goal.blocks]
+            found = scoring(step, [p for layer in layers for p in layer.module.parameters()], score)
+            scores = [Scores(*(torch.tensor(part, dtype=torch.float64) for part in both)) for both in found]
             narrow(decoder, goal.blocks, choose(scores, part_way(goal, step / self.iterative_steps)))
         return rebuilt(decoder, goal.blocks)
 
-    def _prune_stream(
-        self, decoder: Decoder, shape: DecoderShape, budget: Budget, measuring: Measuring
-    ) -> PreTrainedModel:
-        goal = stream_width(shape, budget)
+    def _prune_stream(self, decoder: Decoder, shape: DecoderShape, budget: Budget, scoring: Scoring) -> PreTrainedModel:
+        goal, reduce = stream_width(shape, budget), REDUCTIONS[self.reduction]
+
+        def score(importance: Importance) -> list[float]:
+            return stream_scores(decoder, importance, reduce).tolist()
+
         for step in range(1, self.iterative_steps + 1):
-            importance = measuring(list(decoder.model.parameters()))
-            scores_D = stream_scores(decoder, importance, REDUCTIONS[self.reduction])
+            scores_D = torch.tensor(scoring(step, list(decoder.model.parameters()), score), dtype=torch.float64)
             width = between(shape.hidden, goal, step / self.iterative_steps)
             modeling.narrow_residual(decoder.model, highest(scores_D, width))
         return modeling.rebuild(decoder.model, {"narrow_residual": {"width": goal}})

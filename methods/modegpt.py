@@ -30,21 +30,20 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from methods import modeling
 from methods.allocation import channel_size, highest
 from methods.base import Budget, Calibration, Context, Method, Prediction
-from methods.block_statistics import BlockStatistics, Statistics, gather
+from methods.block_statistics import BlockStatistics, Statistics, gathered
 from methods.errors import UserError
 from methods.lazy import torch
 from methods.linalg import Precision, damped_cholesky, ridge_solve
 from methods.modeling.shape import DecoderShape
 from methods.module_widths import Widths, mean_sparsity, model_size, removable, sparsities, widths
 from methods.registry import register
+from methods.sharing import alone, shared_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,13 +118,13 @@ class MoDeGPT(Method):
         calibration: Calibration,
         context: Context,
     ) -> PreTrainedModel:
-        """Gather and decompose, in place; statistics lie in the scratch folder meanwhile, F^2 numbers per block."""
+        """Gather and decompose, in place; statistics lie on disk meanwhile, F^2 numbers per block."""
         if budget.ratio == 1:
             return model
         self.predict(modeling.Decoder(model).shape, budget)
-        context.scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="modegpt-", dir=context.scratch) as folder:
-            statistics = gather(model, calibration, context, Path(folder), self.precision)
+        with shared_folder(context, calibration, "block statistics", precision=self.precision) as folder:
+            with alone(folder):
+                statistics = gathered(model, calibration, context, folder, self.precision)
             return self.decompose(model, budget, statistics, context)
 
     def decompose(

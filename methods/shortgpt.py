@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from methods import modeling
 from methods.base import Batch, Budget, Calibration, Context, Method, Prediction
@@ -32,6 +32,7 @@ from methods.errors import nothing_to_measure, overflow
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
+from methods.sharing import remembered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,13 +67,20 @@ class ShortGPT(Method):
         decoder = modeling.Decoder(model)
         self.predict(decoder.shape, budget)
         count = blocks_to_remove(decoder.shape, budget, decoder.shape.layers - 1)
+        scores = remembered(
+            context, calibration, "block scores", lambda: self.scores(decoder, calibration, context), metric=self.metric
+        )
+        choose = least_influential if self.metric == "block_influence" else nearest_run
+        removed = choose(scores, count)
+        return modeling.keep_layers(model, [i for i in range(decoder.shape.layers) if i not in removed])
+
+    def scores(self, decoder: Decoder, calibration: Calibration, context: Context) -> list[Any]:
+        """What decides for every ratio: BI [L], or d(l, k) in row k - 1 of a triangle."""
         steps = math.ceil(calibration.samples / context.batch_size)
         batches = context.progress.track(calibration.batches(context.batch_size), self.metric, steps)
         if self.metric == "block_influence":
-            removed = least_influential(block_influence(decoder, batches), count)
-        else:
-            removed = nearest_run(last_token_states(decoder, batches), count)
-        return modeling.keep_layers(model, [i for i in range(decoder.shape.layers) if i not in removed])
+            return block_influence(decoder, batches)
+        return angular_distances(last_token_states(decoder, batches))
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -147,8 +155,18 @@ def angular_distance(states_LND: Tensor, start: int, count: int) -> float:
     return (cosine(states_LND[start], states_LND[start + count]).arccos() / math.pi).mean().item()
 
 
-def nearest_run(states_LND: Tensor, count: int) -> set[int]:
+def angular_distances(states_LND: Tensor) -> list[list[float]]:
+    """d(start, count) for all counts (rows, from 1) and starts."""
+    return [
+        finite([angular_distance(states_LND, start, count) for start in range(len(states_LND) - count)])
+        for count in range(1, len(states_LND))
+    ]
+
+
+def nearest_run(distances: Sequence[Sequence[float]], count: int) -> set[int]:
     """The `count` consecutive blocks of least angular distance, the deeper run among equals."""
-    distances = finite([angular_distance(states_LND, start, count) for start in range(len(states_LND) - count)])
-    best = min(range(len(distances)), key=lambda start: (distances[start], -start))
+    if count == 0:
+        return set()
+    row = distances[count - 1]
+    best = min(range(len(row)), key=lambda start: (row[start], -start))
     return set(range(best, best + count))

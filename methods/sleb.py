@@ -25,6 +25,7 @@ the same order. Evaluation text is never looked at, and nothing depends on the n
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ from methods.errors import UserError, nothing_to_measure, overflow
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
+from methods.sharing import REUSED, alone, read_or, shared_folder, write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,29 +95,48 @@ class SLEB(Method):
         decoder = modeling.Decoder(model)
         self.predict(decoder.shape, budget)
         count = blocks_to_remove(decoder.shape, budget, self._most(decoder.shape))
-        removals = self.eliminate(decoder, self._batches(decoder, tokenizer, calibration, context), count, context)
+        batches = self._batches(decoder, tokenizer, calibration, context)
+        removals = self._removals(decoder, batches, count, calibration, context)
         if context.artifacts is not None:
             write(removals, context.artifacts)
         gone = {removal.block for removal in removals}
         return modeling.keep_layers(model, [block for block in range(decoder.shape.layers) if block not in gone])
 
-    def eliminate(self, decoder: Decoder, batches: Iterable[Batch], count: int, context: Context) -> list[Removal]:
-        """The blocks to remove, first one first."""
-        text = [enter(decoder, batch) for batch in batches]
+    def _removals(
+        self, decoder: Decoder, batches: Iterable[Batch], count: int, calibration: Calibration, context: Context
+    ) -> list[Removal]:
+        """The first so many removals. What is decided is kept after every round: a killed run goes on, and a smaller
+        model begins where a larger one ended."""
+        with shared_folder(context, calibration, "removals", **dataclasses.asdict(self)) as folder, alone(folder):
+            known = folder / "removals.json"
+            removals = [Removal(*removal) for removal in read_or(known, [])]
+            if removals:
+                context.note(REUSED.format("removals of blocks"))
+            if len(removals) < count:
+                for chosen in self.eliminate(decoder, batches, count, context, removals):
+                    removals += chosen
+                    write_whole(known, removals)
+        return removals[:count]
+
+    def eliminate(
+        self, decoder: Decoder, batches: Iterable[Batch], count: int, context: Context, decided: Sequence[Removal] = ()
+    ) -> Iterator[list[Removal]]:
+        """The blocks to remove after those `decided`, round by round: one each, or without re-scoring all at once."""
+        text, removals = [enter(decoder, batch) for batch in batches], [*decided]
         if not any(int(entered.targets_BT.sum()) for entered in text):
             raise nothing_to_measure()
-        alive, removals = list(range(len(decoder.layers))), []
-        for number in range(count if self.rescore else min(count, 1)):
+        while len(removals) < count:
+            gone = {removal.block for removal in removals}
+            alive = [block for block in range(len(decoder.layers)) if block not in gone]
             candidates = alive[self.early_barrier : len(alive) - self.latter_barrier]
             losses = losses_without(decoder, text, alive, candidates, give_up=self.rescore)
-            label = f"block {number + 1} of {count}"
+            label = f"block {len(removals) + 1} of {count}"
             ranking = sorted(context.progress.track(losses, label, len(candidates)), key=lambda found: found.loss)
-            chosen = ranking[: 1 if self.rescore else count]
+            chosen = ranking[:1] if self.rescore else ranking
             if not all(math.isfinite(removal.loss) for removal in chosen):
                 raise overflow()
             removals += chosen
-            alive = [block for block in alive if block != chosen[0].block]
-        return removals
+            yield chosen
 
     def _batches(
         self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, context: Context

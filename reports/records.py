@@ -57,8 +57,14 @@ class Record:
     """Counted parameters and bytes; empty where the cell failed before they were counted."""
     metrics: Mapping[str, Metric]
     """By name, as in `arc_easy/acc_norm@0shot`."""
+    time: Mapping[str, float]
+    """Seconds per phase."""
+    memory: Mapping[str, int | None]
+    """Peaks in bytes; None where there is no counter."""
     provenance: Mapping[str, Any]
     """Commit, versions, hardware, revisions."""
+    notes: tuple[str, ...]
+    """What was not as usual while the model was compressed."""
     error: str
     """Why the cell is not done; empty where it is."""
 
@@ -125,7 +131,10 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
         cell=content["cell"],
         size=content["size"] if measured else {},
         metrics={name: _metric(name, entry) for name, entry in content["metrics"].items()} if measured else {},
+        time=content.get("time", {}) if measured else {},
+        memory=content.get("memory", {}) if measured else {},
         provenance=content["provenance"] if measured else {},
+        notes=tuple(map(str, content.get("notes", []))) if measured else (),
         error=str(content.get("error") or ""),
     )
 

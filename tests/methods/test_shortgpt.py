@@ -22,6 +22,7 @@ from methods.modeling.shape import DecoderShape
 from methods.shortgpt import (
     ShortGPT,
     angular_distance,
+    angular_distances,
     block_influence,
     cosine,
     last_token_states,
@@ -147,7 +148,7 @@ def test_angular_run_against_brute_force(count: int) -> None:
         distances.append(sum(angles) / len(angles) / math.pi)
         assert angular_distance(states, start, count) == pytest.approx(distances[-1])
     best = distances.index(min(distances))
-    assert nearest_run(states, count) == set(range(best, best + count))
+    assert nearest_run(angular_distances(states), count) == set(range(best, best + count))
 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)

@@ -84,7 +84,8 @@ def naive_sleb(model: PreTrainedModel, batches: list[Batch], count: int) -> list
 
 
 def eliminate(model: PreTrainedModel, batches: list[Batch], count: int, **settings: Any) -> list[Removal]:
-    return SLEB(**settings).eliminate(modeling.Decoder(model), batches, count, HERE)
+    rounds = SLEB(**settings).eliminate(modeling.Decoder(model), batches, count, HERE)
+    return [removal for found in rounds for removal in found][:count]
 
 
 def compress(model: PreTrainedModel, budget: Budget, **settings: Any) -> PreTrainedModel:

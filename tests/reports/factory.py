@@ -24,8 +24,14 @@ def record(
         "size": _size(model, method, ratio),
         "metrics": _metrics(model, method, ratio, seed),
         "time": {"load_s": 0.4, "compress_s": 5.1, "save_s": 0.2, "evaluate_s": 40.0, "total_s": 46.0},
-        "memory": {"peak_host_bytes": 912_000_000, "peak_device_bytes": None},
+        "memory": {
+            "peak_host_bytes": 912_000_000,
+            "peak_device_bytes": None,
+            "compress_peak_host_bytes": 534_000_000,
+            "compress_peak_device_bytes": None,
+        },
         "provenance": _provenance(model),
+        "notes": [],
         "error": None,
     }
     for key, value in changes.items():

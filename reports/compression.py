@@ -1,0 +1,53 @@
+"""The table of what compressing itself took, with what the methods had to say."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from reports.comparison import IDENTITY, identity, remarks
+from reports.records import Record
+from reports.results import Result
+from reports.tables import Cell, Column, Table, legend
+
+MB = 1e6
+
+
+def compression_table(results: Sequence[Result]) -> Table | None:
+    """Time and peak memory of every compression; None without compressed models."""
+    made = [result for result in results if not result.dense]
+    rows = tuple(_row(result) for result in made)
+    if not rows:
+        return None
+    return Table(
+        name="compression",
+        title="Compression",
+        caption="Time and peak memory of compressing (loading and calibration included in the memory, evaluation in "
+        "neither); means over seeds.",
+        columns=(*IDENTITY, Column("Time, s"), Column("Peak host, MB"), Column("Peak device, MB")),
+        rows=rows,
+        notes=(*legend(rows), *remarks(made), *_told(made)),
+    )
+
+
+def _row(result: Result) -> tuple[Cell, ...]:
+    return (
+        *identity(result),
+        Cell(_mean(result, lambda record: record.time, "compress_s")),
+        *(
+            Cell(_mean(result, lambda record: record.memory, f"compress_peak_{where}_bytes", 1 / MB))
+            for where in ("host", "device")
+        ),
+    )
+
+
+def _mean(
+    result: Result, part: Callable[[Record], Mapping[str, float | None]], key: str, scale: float = 1
+) -> float | None:
+    """The mean over the seeds that have the figure."""
+    found = [value for record in result.records if (value := part(record).get(key)) is not None]
+    return statistics.fmean(found) * scale if found else None
+
+
+def _told(results: Sequence[Result]) -> Iterator[str]:
+    for result in results:
+        for note in dict.fromkeys(note for record in result.records for note in record.notes):
+            yield f"{result.title}: {note}."
