@@ -90,9 +90,9 @@ def _evaluate(job: Job, todo: list[Task], progress: Tracker) -> list[str]:
     A failing task does not stop the others. Returns the errors.
     """
     gc.collect()
-    model, tokenizer = checkpoint.load(job.checkpoint, job)
+    model, tokenizer = checkpoint.load_model(job.checkpoint, job), models.load_tokenizer(job.checkpoint)
     needs_dense = job.cell.method != "dense" and any(task.kind == "speed" for task in todo)
-    dense = checkpoint.load(models.resolve(job.model).prepare(), job)[0] if needs_dense else None
+    dense = checkpoint.load_model(models.resolve(job.model).prepare(), job) if needs_dense else None
     errors = []
     for task in todo:
         try:

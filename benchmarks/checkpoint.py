@@ -1,5 +1,6 @@
 """A cell's checkpoint: the dense model compressed, measured and saved, in place as a whole or not at all."""
 
+import math
 import resource
 import shutil
 import sys
@@ -17,10 +18,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from benchmarks import data, launch, models, record, sharing, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
+from methods import modeling
 from methods.base import Context, Progress, Silent, Training
+from methods.errors import UserError
 from methods.modeling.describe import describe, load_fractions
 from methods.modeling.footprint import Footprint, footprint
 
+ROOM = 1.2
+"""Memory that a model takes on a device while it runs, in sizes of its weights."""
+CALIBRATION_TOKENS = 2048
+"""Calibration tokens per forward pass, at most, but for longer windows."""
 LOAD_TOKENS = 8192
 """Calibration tokens on which the loads of experts are measured, at most."""
 
@@ -32,10 +39,9 @@ def make(job: Job, progress: Tracker) -> None:
         UserError: the calibration text is too short, or the method cannot do what is asked of it.
     """
     laps = Laps()
-    model, tokenizer = load(models.resolve(job.model).prepare(), job)
+    tokenizer, calibration, model = _given(job)
     load_s, dense = laps.lap(), footprint(model)
     launch.announce(job)
-    calibration = _calibration(job, tokenizer)
     notes: list[str] = []
     model = _compress(job, model, tokenizer, calibration, progress, notes)
     compress_s, peak = laps.lap(), memory()
@@ -55,8 +61,15 @@ def make(job: Job, progress: Tracker) -> None:
 
 def assist(job: Job) -> None:
     """The part of `make` in which the processes of a launch work together; the result is the main process's to keep."""
-    model, tokenizer = load(models.resolve(job.model).prepare(), job)
-    _compress(job, model, tokenizer, _calibration(job, tokenizer), Silent(), [])
+    tokenizer, calibration, model = _given(job)
+    _compress(job, model, tokenizer, calibration, Silent(), [])
+
+
+def _given(job: Job) -> tuple[PreTrainedTokenizerBase, data.TokenCalibration | None, PreTrainedModel]:
+    """What a method gets. The text first: tokenising all of it takes memory that the model can then have."""
+    location = models.resolve(job.model).prepare()
+    tokenizer = models.load_tokenizer(location)
+    return tokenizer, _calibration(job, tokenizer), load_model(location, job, whole=not job.method.streams)
 
 
 @contextmanager
@@ -71,11 +84,31 @@ def _arriving(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(location: str | Path, job: Job) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in the cell's dtype on the cell's device, ready to be evaluated, and its tokenizer."""
+def load_model(location: str | Path, job: Job, whole: bool = False) -> PreTrainedModel:
+    """A model in the cell's dtype on the cell's device, ready to be evaluated; its blocks in host memory where the
+    device is too small for it.
+
+    Args:
+        whole: refuse instead.
+    """
     model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, job.cell.dtype))
-    model.to(job.device)  # pyright: ignore[reportArgumentType]  (transformers' decorated `to` loses its self)
-    return model.eval(), models.load_tokenizer(location)
+    need, free = ROOM * model.get_memory_footprint(), free_memory(job.device)
+    if need <= free:
+        model.to(job.device)  # pyright: ignore[reportArgumentType]  (transformers' decorated `to` loses its self)
+    elif whole:
+        raise UserError(
+            f"{job.cell.method} needs all of {job.cell.model} on {job.device}: some {need / 1e9:.0f} GB with room to "
+            f"compute, and {free / 1e9:.0f} GB are free. Use --device cpu, a larger device, or a method that works "
+            "block by block (shortgpt, sleb, slicegpt, modegpt)."
+        )
+    else:
+        modeling.keep_blocks_on_host(model, torch.device(job.device))
+    return model.eval()
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free on an accelerator; no limit is known for the host."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else math.inf
 
 
 def _calibration(job: Job, tokenizer: PreTrainedTokenizerBase) -> data.TokenCalibration | None:
@@ -107,6 +140,7 @@ def _compress(
     context = Context(
         device=job.device,
         seed=job.cell.seed,
+        batch_size=max(1, CALIBRATION_TOKENS // calibration.window),
         scratch=job.scratch / "method",
         shared=job.shared,
         training=_training(job, model),

@@ -47,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--budget", choices=PRESETS, default="paper", help="how much calibration and evaluation (paper)")
     how.add_argument("--ratio-basis", choices=("total", "block"), default="total", help="the share of what (total)")
     how.add_argument("--ratio-tolerance", type=float, metavar="X", help="off-budget beyond (0.01 or one grid step)")
-    how.add_argument("--calibration", metavar="NAME", help="data set, .txt or .jsonl (default: the model's own)")
+    how.add_argument(
+        "--calibration",
+        metavar="NAME[:NxT]",
+        help="data set, .txt or .jsonl (default: the model's own); :16x1024 for 16 windows of 1024 tokens",
+    )
     how.add_argument("--set", nargs="+", action="extend", default=[], metavar="METHOD.FIELD=VALUE")
     how.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:N or mps (default: auto)")
     how.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a cpu, else bfloat16")

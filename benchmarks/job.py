@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -67,6 +67,13 @@ class Cell:
         """The `cell` entry of a record; the fingerprint stands there as `provenance.model_revision`."""
         fields = asdict(self) | {"id": self.id}
         return {key: fields[key] for key in store.CELL_KEYS}
+
+
+@cache
+def _code() -> str:
+    """A hash of how models are compressed: what older code has left is not to be used."""
+    files = sorted(Path(methods.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +146,8 @@ class Job:
     @property
     def shared(self) -> Path:
         """What cells of one model, dtype, device, text and seed can use of each other's work, while the run lasts."""
-        like = [self.cell.fingerprint, self.cell.dtype, self.device, asdict(self.cell)["calibration"], self.cell.seed]
+        cell = asdict(self.cell)
+        like = [*(cell[key] for key in ("fingerprint", "dtype", "calibration", "seed")), self.device, _code()]
         return Path(self.out, ".shared", hashlib.sha256(json.dumps(like).encode()).hexdigest()[:12])
 
     @property

@@ -45,7 +45,8 @@ class Request:
     ratio_tolerance: float | None
     """Largest accepted difference from a ratio; None: 0.01 or one step of the method's grid."""
     calibration: str | None
-    """Calibration source; None: each model's default."""
+    """Calibration source, with `:SAMPLESxWINDOW` where the preset's numbers are not to be taken; None: each model's
+    default."""
     settings: Mapping[str, Mapping[str, str]]
     """`--set`: text values by method and field."""
     out: Path
@@ -108,7 +109,8 @@ def _check_tasks(request: Request, model: Model) -> None:
 def _job(request: Request, name: str, model: Model, method: str, ratio: float, seed: int) -> Job:
     """One cell with all that runs it; a ratio that its method cannot reach is an error."""
     settings = request.settings.get(method, {})
-    source = request.calibration or model.calibration
+    text, windows = _asked_text(request.calibration)
+    source = text or model.calibration
     cell = Cell(
         model=model.name,
         fingerprint=model.fingerprint(),
@@ -117,7 +119,7 @@ def _job(request: Request, name: str, model: Model, method: str, ratio: float, s
         ratio=ratio,
         ratio_basis="total" if method == "dense" else request.ratio_basis,
         seed=seed,
-        calibration=None if method == "dense" else _calibration(source, model, PRESETS[request.budget]),
+        calibration=None if method == "dense" else _calibration(source, windows, model, PRESETS[request.budget]),
         budget=PRESETS[request.budget],
         dtype=dtype_of(request.dtype, request.device),
     )
@@ -142,11 +144,24 @@ def _job(request: Request, name: str, model: Model, method: str, ratio: float, s
     return job
 
 
-def _calibration(source: str, model: Model, preset: Preset) -> Source:
-    """What identifies the calibration: of a file its content too, and the window that fits the model."""
+def _asked_text(asked: str | None) -> tuple[str, tuple[int, int] | None]:
+    """`NAME`, `NAME:SAMPLESxWINDOW` or `:SAMPLESxWINDOW` as name (perhaps empty) and numbers."""
+    found = re.fullmatch(r"(.*):(\d+)x(\d+)", asked or "")
+    return (found[1], (int(found[2]), int(found[3]))) if found else (asked or "", None)
+
+
+def _calibration(source: str, windows: tuple[int, int] | None, model: Model, preset: Preset) -> Source:
+    """What identifies the calibration: of a file its content too, and windows that fit the model."""
     _check_source(source, "calibration")
-    window = min(preset.calibration_window, model.shape.max_positions) if model.shape else preset.calibration_window
-    return Source(name=data.label(source), samples=preset.calibration_samples, window=window)
+    limit = model.shape.max_positions if model.shape else preset.calibration_window
+    if windows is None:
+        windows = preset.calibration_samples, min(preset.calibration_window, limit)
+    elif not (windows[0] >= 1 and 2 <= windows[1] <= limit):
+        raise UserError(
+            f"--calibration asks for {windows[0]} windows of {windows[1]} tokens, and {model.name} takes at least one "
+            f"of 2 to {limit} tokens. Type for example --calibration {source}:{max(windows[0], 1)}x{limit}"
+        )
+    return Source(name=data.label(source), samples=windows[0], window=windows[1])
 
 
 def _check_source(source: str, split: data.Split) -> None:

@@ -184,11 +184,16 @@ class Method(ABC):
     """Link to the paper."""
     family: ClassVar[str]
     """What it removes: `dense` (nothing), `depth`, `width`, `semi-structured` or `moe`."""
+    idle: ClassVar[Sequence[tuple[Mapping[str, Any], Collection[str]]]] = ()
+    """Values of some fields, and the fields that have no effect beside them."""
+    streams: ClassVar[bool] = False
+    """Whether it works block by block and without gradients, so that blocks may wait in host memory
+    (`methods.modeling.residence`) where a model is larger than the device."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named settings beside the defaults (`--set METHOD.preset=NAME`), for example those of a publication."""
 
     def check(self, given: Collection[str]) -> None:
-        """Refuse settings that somebody gave although they have no effect beside the others.
+        """Refuse settings that somebody gave although they have no effect beside the others (`idle`).
 
         Args:
             given: names of the fields that were set on the command line, not by a preset.
@@ -196,7 +201,13 @@ class Method(ABC):
         Raises:
             UserError: one of them is idle.
         """
-        return None
+        for causes, names in self.idle:
+            if all(getattr(self, name) == value for name, value in causes.items()):
+                for name in sorted({*names} & {*given}):
+                    value, *beside = (f"{self.name}.{key}={str(getattr(self, key)).lower()}" for key in (name, *causes))
+                    raise UserError(
+                        f"{value} has no effect beside {' and '.join(beside)}. Leave one of them out of --set."
+                    )
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
         """The size this method will reach, from shapes alone and without torch; None when only running it tells.
@@ -217,7 +228,7 @@ class Method(ABC):
     ) -> PreTrainedModel:
         """The compressed model. May use up `model`; at ratio 1 it is `model`, unchanged.
 
-        `model` is dense, in evaluation mode and on `context.device`.
+        `model` is dense, in evaluation mode and on `context.device`; of methods that stream, blocks may be on the host.
 
         Raises:
             UserError: the model, the ratio or the calibration does not suit this method.

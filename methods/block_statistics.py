@@ -54,6 +54,8 @@ class Statistics:
     """Where the files are."""
     influence: list[float]
     """Block Influence."""
+    tokens: int
+    """Real tokens of the text."""
     device: torch.device
     """Where the model is."""
 
@@ -72,11 +74,11 @@ def gathered(
     model: PreTrainedModel, calibration: Calibration, context: Context, folder: Path, precision: Precision
 ) -> Statistics:
     """What an earlier cell has left in the folder, or else `gather`."""
-    influence = read_or(folder / "influence.json", None)
-    if influence is None:
+    found = read_or(folder / "index.json", None)
+    if found is None:
         return gather(model, calibration, context, folder, precision)
     context.note(REUSED.format("block statistics"))
-    return Statistics(folder, influence, model.device)
+    return _checked(Statistics(folder, found["influence"], found["tokens"], model.device), model, context)
 
 
 def gather(
@@ -85,27 +87,39 @@ def gather(
     """One pass of a dense model over the calibration text.
 
     Args:
-        folder: exists; gets one file per block, and when all are there influence.json.
+        folder: exists; gets one file per block, and when all are there index.json.
         precision: in which the MLP's covariance is summed.
 
     Raises:
-        UserError: fewer tokens than the MLP has channels, an overflow, or a device without fp64.
+        UserError: no text, an overflow, or a device without fp64.
     """
     from safetensors.torch import save_file
 
     if model.device.type == "mps":
         raise UserError("these statistics need fp64, which this device does not have. Use --device cpu.")
-    decoder, influence = modeling.Decoder(model), []
+    decoder, influence, tokens = modeling.Decoder(model), [], 0
     with torch.no_grad():
         signals = modeling.Signals.of(decoder, calibration, context.batch_size)
         for index, layer in enumerate(context.progress.track(decoder.layers, "gathering", len(decoder.layers))):
             observer = BlockObserver(layer, decoder.shape, model.device, precision)
-            with observer.listening():
+            with observer.listening(), modeling.resident(layer.module, model.device):
                 signals.update(observer.step)
             save_file(observer.statistics()._asdict(), _file(folder, index))
             influence.append(observer.influence())
-    write_whole(folder / "influence.json", finite(influence))
-    return Statistics(folder, influence, model.device)
+            tokens = observer.tokens
+    write_whole(folder / "index.json", {"influence": finite(influence), "tokens": tokens})
+    return _checked(Statistics(folder, influence, tokens, model.device), model, context)
+
+
+def _checked(statistics: Statistics, model: PreTrainedModel, context: Context) -> Statistics:
+    """Tell the reader of a result that rests on too little text."""
+    width = modeling.Decoder(model).shape.mlp_width
+    if statistics.tokens < width:
+        context.note(
+            f"{statistics.tokens} calibration tokens for MLPs of {width} channels: their covariances are singular, and "
+            "damping decides about what the text does not show"
+        )
+    return statistics
 
 
 class BlockObserver:
@@ -152,8 +166,9 @@ class BlockObserver:
         for name, covariance in self._heads.items():
             projected_ND = real(self._seen[name][1])
             bias = self._modules[name].bias
-            if name == "value" and bias is not None:
-                projected_ND = projected_ND - bias
+            if name == "value" and bias is not None:  # subtracting it would leave the rounding of the sum
+                inputs_ND = real(self._seen[name][0])
+                projected_ND = torch.nn.functional.linear(inputs_ND, self._modules[name].weight)
             covariance.add(projected_ND.view(len(projected_ND), len(covariance.sum), -1).transpose(0, 1))
         self._seen.clear()
         return y_BTD
@@ -162,12 +177,17 @@ class BlockObserver:
         """The means.
 
         Raises:
-            UserError: fewer tokens than a covariance is wide, or an overflow.
+            UserError: no tokens, or an overflow.
         """
-        middle_FF = self._middle.mean()  # the widest, and so the first to refuse
+        middle_FF = self._middle.mean()
         query, key, value = (covariance.mean() for covariance in self._heads.values())
         query_Hh, key_Jh = (one.diagonal(dim1=-2, dim2=-1).contiguous() for one in (query, key))
         return BlockStatistics(query_Hh, key_Jh, value, middle_FF, self._energy / self._middle.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens so far."""
+        return self._middle.tokens
 
     def influence(self) -> float:
         """Block Influence: 1 - the mean cosine of the block's input and output."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from methods.errors import UserError
+from methods.errors import UserError, nothing_to_measure
 from methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -47,12 +47,14 @@ class Covariance:
         self.tokens += x_NW.shape[-2]
 
     def mean(self) -> Tensor:
-        """C, in the shape of the sum.
+        """C, in the shape of the sum; singular with fewer tokens than it is wide.
 
         Raises:
-            UserError: fewer tokens than C is wide, or an overflow.
+            UserError: no tokens, or an overflow.
         """
-        self.require_rank(self.sum.shape[-1])
+        if self.tokens == 0:
+            raise nothing_to_measure()
+        self.require_rank(1)
         return self.sum / self.tokens
 
     def require_rank(self, rank: int) -> None:
@@ -64,7 +66,8 @@ class Covariance:
         if self.tokens < rank:
             raise UserError(
                 f"{self.tokens} calibration tokens cannot span {rank} dimensions. "
-                "Use a longer calibration text or a larger --budget."
+                f"Ask for more (--calibration NAME:SAMPLESxWINDOW, their product at least {rank}) or use a larger "
+                "--budget."
             )
         if not self.sum.isfinite().all():
             raise UserError("the model overflows on the calibration text. Use --dtype bfloat16 or float32.")

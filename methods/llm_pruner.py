@@ -18,7 +18,8 @@ Departs from the released code: samples are cut from the run's calibration inste
 the asked ratio, MLP channels taking up what whole heads cannot (there: the same share of both, rounded); gradients are
 fp32 always; `ranking=global` ranks heads among heads and channels among channels, and each block keeps one of both;
 norms of a narrower stream are means over the channels that stay, as there. Absent: folding query scores onto key
-heads modulo the key width, which pairs the wrong heads; keeping the first blocks only; recovery by LoRA.
+heads modulo the key width, which pairs the wrong heads; ranges of their own for attention and MLPs (its scripts give
+both the same, 4 to 29 of 32; its default is 3 to 30); keeping the first blocks only; recovery by LoRA.
 """
 
 # Shape suffixes: J key heads, r query heads per key head, h head width, F MLP width, D hidden size, M group members.
@@ -26,9 +27,9 @@ heads modulo the key width, which pairs the wrong heads; keeping the first block
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from methods import modeling
 from methods.allocation import (
@@ -78,6 +79,13 @@ REDUCTIONS: dict[Reduction, Callable[[Tensor], Tensor]] = {
 class LLMPruner(Method):
     """Remove the heads and MLP channels of least importance to the loss, between the first and the last blocks."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"matched": {"samples": None, "tokens": None}}
+    """The gradients of all of the run's calibration text, as other methods see it."""
+    idle = (
+        ({"mode": "channel"}, ("ranking", "protect_first", "protect_last")),
+        *(({"importance": measure}, ("samples", "tokens")) for measure in WITHOUT_GRADIENT),
+    )
+
     mode: Literal["block", "channel"] = "block"
     """Remove heads and MLP channels, or channels of the residual stream everywhere."""
     importance: Measure = "param_first"
@@ -90,16 +98,16 @@ class LLMPruner(Method):
     """Share of the blocks that stay whole at the beginning, rounded to blocks."""
     protect_last: float = 2 / 32
     """Share of the blocks that stay whole at the end."""
-    samples: int = 10
-    """Texts whose gradients are taken."""
-    tokens: int = 64
-    """Tokens of each, or of the longest calibration window where that is shorter."""
+    samples: int | None = 10
+    """Texts whose gradients are taken; None: as many as there are calibration windows."""
+    tokens: int | None = 64
+    """Tokens of each; None, or where that is shorter: the longest calibration window."""
     iterative_steps: int = 1
     """Remove in so many steps of equal size, and measure before each."""
 
     def __post_init__(self) -> None:
         for field, least in (("samples", 1), ("tokens", 2), ("iterative_steps", 1)):
-            if (value := getattr(self, field)) < least:
+            if (value := getattr(self, field)) is not None and value < least:
                 raise UserError(
                     f"llm-pruner.{field} is {value}; the least is {least}. Type --set llm-pruner.{field}={least}"
                 )
@@ -107,7 +115,8 @@ class LLMPruner(Method):
         if not (min(shares) >= 0 and sum(shares) < 1):
             raise UserError(
                 f"llm-pruner.protect_first={shares[0]:g} and protect_last={shares[1]:g} are shares of the blocks that "
-                "stay whole: none may be negative, together less than 1. Type --set llm-pruner.protect_first=0.125"
+                "stay whole: none may be negative, together less than 1. "
+                "Type --set llm-pruner.protect_first=0.125 llm-pruner.protect_last=0.0625"
             )
         if self.mode == "channel" and self.reduction == "prod":
             raise UserError(
@@ -146,10 +155,18 @@ class LLMPruner(Method):
 
             if step > 1:
                 return measure()
-            return remembered(context, calibration, "importance", measure, **dataclasses.asdict(self))
+            return remembered(context, calibration, "importance scores", measure, **dataclasses.asdict(self))
 
+        if self.importance not in WITHOUT_GRADIENT:
+            count, length = self._stretches(calibration)
+            context.note(f"gradients of {count} stretches of {length} tokens of the calibration text")
         prune = self._prune_blocks if self.mode == "block" else self._prune_stream
         return prune(decoder, decoder.shape, budget, scoring)
+
+    def _stretches(self, calibration: Calibration) -> tuple[int, int]:
+        """How many texts, and how many tokens of each."""
+        count = calibration.samples if self.samples is None else self.samples
+        return count, calibration.window if self.tokens is None else min(self.tokens, calibration.window)
 
     def _importance(
         self,
@@ -163,7 +180,7 @@ class LLMPruner(Method):
         generator = torch.Generator().manual_seed(context.seed + 1_000_003 * (step - 1))
         if self.importance in WITHOUT_GRADIENT:
             return Importance(self.importance, {}, generator)
-        ids_NT = snippets(calibration, self.samples, self.tokens, context.batch_size, generator)
+        ids_NT = snippets(calibration, *self._stretches(calibration), context.batch_size, generator)
         squares = self.importance in WITH_SQUARES
         moments = gradient_moments(model, parameters, ids_NT, context.progress, squares=squares)
         return Importance(self.importance, moments, generator)

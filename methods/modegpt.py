@@ -19,8 +19,9 @@ for M = [Wo_1 ... Wo_r] or I, the same pair is Wv' = Wv M V_r Sigma_r^-1 and Wo'
 Departs from the paper: widths are solved for the asked share of active parameters, and rounded to the nearest instead
 of down; ridges are shares of the mean diagonal; the Nystroem step is written as a correction of the kept rows, so that
 delta > 0 pulls towards them instead of towards zero. Queries and keys that are normalised over the head (Qwen3) stay,
-as every dimension enters the norm: the other modules lose more. Absent are the narrower head's own softmax scale, and
-norms over kept dimensions only, that a public reimplementation has.
+as every dimension enters the norm: the other modules lose more. Where query heads share a value head, `joint` is ours;
+the published formula is `value`. Absent is what public reimplementations do otherwise: the narrower head's own softmax
+scale, norms over kept dimensions only, the MLP's statistics from the gate alone, up projections that keep other rows.
 """
 
 # Shape suffixes: D hidden size, F MLP channels, H query heads, J key (and value) heads, h head width, P rotary pairs,
@@ -31,7 +32,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from methods import modeling
 from methods.allocation import channel_size, highest
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 class MoDeGPT(Method):
     """Decompose MLPs, queries and keys, values and outputs, more of the less influential blocks."""
 
+    streams: ClassVar[bool] = True
+
     epsilon: float = 0.1
     """How evenly blocks are compressed: the temperature of the softmax over Block Influence; inf: all alike."""
     max_sparsity: float = 0.8
@@ -80,7 +83,8 @@ class MoDeGPT(Method):
         if not (self.epsilon > 0 and 0 < self.max_sparsity < 1):
             raise UserError(
                 f"modegpt.epsilon is {self.epsilon} and modegpt.max_sparsity {self.max_sparsity}: the first must be "
-                "above 0, the second between 0 and 1. Published ones are 0.05 to 0.15, and 0.8 or 0.95."
+                "above 0, the second between 0 and 1. Published ones are 0.05 to 0.15, and 0.8 or 0.95: "
+                "--set modegpt.epsilon=0.1 modegpt.max_sparsity=0.8"
             )
         if not all(0 <= ridge <= 1 for ridge in ridges) or self.leverage_ridge == 0:
             raise UserError(
@@ -89,7 +93,7 @@ class MoDeGPT(Method):
             )
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction:
-        """The size with all blocks alike; influence moves it by less than a channel."""
+        """The size with all blocks alike; influence moves it by less than a channel while max_sparsity is up to 0.9."""
         if budget.ratio == 1:
             return Prediction(active_total=shape.total, active_block=shape.block)
         mean = mean_sparsity(shape, budget)
@@ -142,7 +146,8 @@ class MoDeGPT(Method):
         damping = []
         with torch.no_grad():
             for index, layer in enumerate(context.progress.track(decoder.layers, "decomposing", shape.layers)):
-                damping.append(self._decompose_block(layer, shape, kept[index], statistics.block(index)))
+                with modeling.resident(layer.module, model.device):
+                    damping.append(self._decompose_block(layer, shape, kept[index], statistics.block(index)))
         rows = zip(influence, shares, kept, damping, strict=True)
         _report(context, [{"influence": i, "sparsity": s, **w._asdict(), **d} for i, s, w, d in rows], asdict(self))
         structures = {
@@ -172,6 +177,7 @@ class MoDeGPT(Method):
         down_Dw, delta = nystroem(C_FF, layer.mlp_output.weight, neurons, self.solve_ridge)
         modeling.narrow_mlp(layer, neurons)
         layer.mlp_output.weight.copy_(down_Dw)
+        _require_finite(layer.mlp_output.weight)
         return {"leverage_damping": lam, "solve_damping": delta}
 
     def scores(self, found: BlockStatistics, shape: DecoderShape) -> tuple[Tensor, Tensor]:
@@ -197,6 +203,7 @@ class MoDeGPT(Method):
             value_JhD[j, :r] = (inward_hr.T @ rows_hD).to(value_JhD.dtype)
             output_DJRh[:, j, :, :r] = (columns_DRh @ outward_rh.T).to(output_DJRh.dtype)
         modeling.narrow_vo(layer, shape, range(r))
+        _require_finite(value_JhD, output_DJRh)
 
 
 def ridge_leverage(C_FF: Tensor, ridge: float) -> tuple[Tensor, float]:
@@ -241,11 +248,21 @@ def value_basis(C_hh: Tensor, M_hM: Tensor, r: int) -> tuple[Tensor, Tensor]:
         M_hM: what v is multiplied with.
     """
     eigenvalues, vectors = torch.linalg.eigh(C_hh)
-    root_hh = vectors * eigenvalues.clamp_min(0).sqrt()
+    rounding = eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    root_hh = vectors * torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
     U, sigma, Vh = torch.linalg.svd(root_hh.T @ M_hM, full_matrices=False)
     noise = sigma[0] * len(sigma) * torch.finfo(sigma.dtype).eps
     inverse_r = torch.where(sigma > noise, 1 / sigma, 0)[:r]  # directions that carry nothing stay empty
     return M_hM @ Vh[:r].T * inverse_r, U[:, :r].T @ root_hh.T
+
+
+def _require_finite(*weights: Tensor) -> None:
+    """Refuse what the model's dtype cannot hold."""
+    if not all(weight.isfinite().all() for weight in weights):
+        raise UserError(
+            f"a decomposed weight does not fit {weights[0].dtype}. Use --dtype bfloat16 or float32, or larger ridges "
+            "(--set modegpt.value_ridge=1e-5 is the default)."
+        )
 
 
 def _report(context: Context, blocks: list[dict[str, Any]], settings: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from methods import modeling
 from methods.base import Batch, Budget, Calibration, Context, Method, Prediction
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ShortGPT(Method):
     """Remove whole blocks, least influential first."""
+
+    streams: ClassVar[bool] = True
 
     metric: Literal["block_influence", "angular"] = "block_influence"
     """Any k blocks by Block Influence, or the k consecutive blocks of least angular distance."""

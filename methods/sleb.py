@@ -30,7 +30,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from methods import modeling
 from methods.base import Batch, Budget, Calibration, Context, Method, Prediction
@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class SLEB(Method):
     """Remove whole blocks, least missed first, and ask again after each."""
+
+    streams: ClassVar[bool] = True
+    idle = (({"calib": "matched"}, ("lines", "window")),)
 
     rescore: bool = True
     """Measure again after every removal; False: the losses of the first round decide."""
@@ -132,8 +135,9 @@ class SLEB(Method):
             losses = losses_without(decoder, text, alive, candidates, give_up=self.rescore)
             label = f"block {len(removals) + 1} of {count}"
             ranking = sorted(context.progress.track(losses, label, len(candidates)), key=lambda found: found.loss)
-            chosen = ranking[:1] if self.rescore else ranking
-            if not all(math.isfinite(removal.loss) for removal in chosen):
+            finite = [removal for removal in ranking if math.isfinite(removal.loss)]
+            chosen = finite[:1] if self.rescore else finite
+            if len(chosen) < (1 if self.rescore else count):
                 raise overflow()
             removals += chosen
             yield chosen
@@ -143,6 +147,7 @@ class SLEB(Method):
     ) -> Iterable[Batch]:
         if self.calib == "matched":
             return calibration.batches(context.batch_size)
+        context.note(f"scored on {self.lines} random lines of the calibration text instead of its windows")
         lines = [line for lines in calibration.rows().values() for line in lines]
         random.Random(context.seed).shuffle(lines)
         window = min(self.window, decoder.shape.max_positions)
@@ -190,11 +195,13 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, window: int) -> Tensor:
 
 def enter(decoder: Decoder, batch: Batch) -> Entered:
     """Run the model once on a batch and take down what its blocks are called with."""
-    device, keywords, streams = decoder.model.device, [], []
+    device, keywords, first = decoder.model.device, [], []
 
     def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
-        streams.append(args[0] if args else rest.pop("hidden_states"))
+        x_BTD = args[0] if args else rest.pop("hidden_states")
+        if not first:
+            first.append(x_BTD.cpu())
         keywords.append(rest)
 
     handles = [layer.module.register_forward_pre_hook(hook, with_kwargs=True) for layer in decoder.layers]
@@ -210,7 +217,7 @@ def enter(decoder: Decoder, batch: Batch) -> Entered:
     targets_BT = mask_BT.clone()
     targets_BT[:, :1] = False
     targets_BT[:, 1:] &= mask_BT[:, :-1]
-    return Entered(streams[0].cpu(), keywords, input_ids, targets_BT)
+    return Entered(first[0], keywords, input_ids, targets_BT)
 
 
 def losses_without(

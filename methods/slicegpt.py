@@ -23,7 +23,7 @@ since adding a multiple of the identity changes no eigenvector.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from methods import modeling
 from methods.base import Budget, Calibration, Context, Method, Prediction
@@ -47,6 +47,8 @@ CHUNK = 8192
 @dataclass(frozen=True, kw_only=True)
 class SliceGPT(Method):
     """Delete the smallest principal components of the residual stream."""
+
+    streams: ClassVar[bool] = True
 
     round_interval: int = 8
     """The kept width is a multiple of this."""
@@ -222,7 +224,8 @@ def rotate_and_slice(decoder: Decoder, slicer: Slicer, signals: Signals, context
     for index, layer in enumerate(context.progress.track(layers, "slicing layers", len(layers))):
         out = slicer.hidden if index == len(layers) - 1 else slicer.width
         step = slice_parallel if layer.parallel else slice_sequential
-        Q = step(layer, Q, slicer, signals, out)
+        with modeling.resident(layer.module, signals.device):
+            Q = step(layer, Q, slicer, signals, out)
     modeling.replace_norm(decoder.model, decoder.family.final_norm, slicer.hidden)
     read_in_basis([decoder.head], Q, slicer.hidden)
 

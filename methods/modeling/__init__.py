@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from methods.modeling.decoder import watch_layers as watch_layers
     from methods.modeling.delta import load_delta as load_delta
     from methods.modeling.delta import save_delta as save_delta
+    from methods.modeling.residence import keep_blocks_on_host as keep_blocks_on_host
+    from methods.modeling.residence import resident as resident
     from methods.modeling.signals import Signals as Signals
     from methods.modeling.signals import real_tokens as real_tokens
     from methods.modeling.structures.gathered_linears import gather_linear as gather_linear
@@ -48,6 +50,8 @@ _HOMES = {
     "watch_layers": "decoder",
     "load_delta": "delta",
     "save_delta": "delta",
+    "keep_blocks_on_host": "residence",
+    "resident": "residence",
     "Signals": "signals",
     "real_tokens": "signals",
     "gather_linear": "structures.gathered_linears",

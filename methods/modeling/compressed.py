@@ -133,4 +133,4 @@ def rebuild(model: PreTrainedModel, structures: dict[str, dict[str, Any]], **cha
         setattr(built.get_submodule(module), leaf, buffer)
     built.tie_weights()
     built.generation_config = model.generation_config
-    return built.to(model.device).eval()
+    return built.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -105,6 +105,7 @@ class ToMoE(Method):
     """Learn which neurons and head dimensions each token needs; no weight is touched."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER, "released": RELEASED}
+    idle = IDLE
 
     experts: int = 8
     """N, experts per MLP; 1 is a static pruner: one set of neurons and no router."""
@@ -187,16 +188,6 @@ class ToMoE(Method):
                 f"tomoe.embedding is {self.embedding}, and each direction of the GRU gives half of it. "
                 f"Use an even number: --set tomoe.embedding={self.embedding + 1}."
             )
-
-    def check(self, given: Collection[str]) -> None:
-        """Refuse what has no effect beside other settings (`IDLE`)."""
-        for causes, idle in IDLE:
-            if all(getattr(self, name) == value for name, value in causes.items()):
-                for name in sorted({*idle} & {*given}):
-                    value, *beside = (f"tomoe.{key}={str(getattr(self, key)).lower()}" for key in (name, *causes))
-                    raise UserError(
-                        f"{value} has no effect beside {' and '.join(beside)}. Leave one of them out of --set."
-                    )
 
     @property
     def dynamic_values(self) -> bool:

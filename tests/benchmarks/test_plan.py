@@ -98,6 +98,20 @@ def test_windows_are_cut_to_the_limit_of_the_model(inputs: Path) -> None:
     assert {job.cell.calibration.window for job in jobs if job.cell.calibration} == {128}
 
 
+@pytest.mark.parametrize("name", ["", "{text}"])
+def test_calibration_windows_can_be_asked_for(workplace: Path, name: str) -> None:
+    asked = name.format(text=workplace / "text.txt")
+    asking = ("--calibration", f"{asked}:5x96")
+    default, plain = (plan.jobs(request("--ratios", "0.8", *more))[1] for more in ((), asking))
+    source = plain.cell.calibration
+    assert source is not None and (source.samples, source.window) == (5, 96)
+    assert (plain.source == default.source) == (not name) and plain.cell.id != default.cell.id
+    with pytest.raises(UserError, match=r"0 windows of 96 tokens.*:1x4096"):
+        plan.jobs(request("--ratios", "0.8", "--calibration", f"{asked}:0x96"))
+    with pytest.raises(UserError, match=r"5 windows of 4097 tokens.*:5x4096"):
+        plan.jobs(request("--ratios", "0.8", "--calibration", f"{asked}:5x4097"))
+
+
 def test_a_changed_calibration_file_makes_another_cell(workplace: Path) -> None:
     text = workplace / "text.txt"
     before = plan.jobs(request("--ratios", "0.5", "--calibration", str(text)))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from methods import modeling
@@ -53,6 +54,9 @@ def test_statistics_against_plain_hooks_and_padding_does_not_count(tmp_path: Pat
         v = (seen["v"] - (0 if bias is None else bias)).view(len(Z), shape.kv_heads, -1)
         for j in range(shape.kv_heads):
             torch.testing.assert_close(found.value_Jhh[j], v[:, j].T @ v[:, j] / len(Z))
+
+    gather(tiny_model("llama-gqa"), CALIBRATION, Context(scratch=tmp_path), tmp_path, "float32")
+    assert load_file(tmp_path / "block-2.safetensors")["middle_FF"].dtype == torch.float32
 
     class Cut(RandomCalibration):
         def batches(self, size: int):

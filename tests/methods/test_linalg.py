@@ -40,9 +40,11 @@ def test_heads_are_counted_apart_and_fp32_is_near() -> None:
 def test_too_few_tokens_and_overflows_are_refused() -> None:
     covariance = Covariance(4, CPU)
     covariance.add(rows(3, 4))
-    with pytest.raises(UserError, match="3 calibration tokens cannot span 4 dimensions"):
-        covariance.mean()
+    with pytest.raises(UserError, match=r"3 calibration tokens cannot span 4 dimensions.*at least 4"):
+        covariance.require_rank(4)
     covariance.require_rank(3)
+    with pytest.raises(UserError, match="nothing to measure"):
+        Covariance(4, CPU).mean()
     covariance.add(torch.full((2, 4), float("inf")))
     with pytest.raises(UserError, match="overflows on the calibration text"):
         covariance.mean()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import methods
 from methods import modeling
 from methods.allocation import allocate, everything
 from methods.base import Budget, Context
@@ -242,3 +243,39 @@ def test_unmeasurable_models_and_texts_are_refused() -> None:
     for measure in ("param_first", "l1"):
         with pytest.raises(UserError, match="overflows"):
             compress(broken, 0.7, importance=measure)
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"mode": "channel", "ranking": "global"}, "ranking"),
+        ({"mode": "channel", "protect_first": "0.5"}, "protect_first"),
+        ({"importance": "l1", "samples": "99"}, "samples"),
+        ({"importance": "random", "tokens": "99"}, "tokens"),
+    ],
+)
+def test_settings_without_effect_are_refused(given: dict[str, str], idle: str) -> None:
+    with pytest.raises(UserError, match=rf"llm-pruner.{idle}=.* has no effect beside"):
+        methods.configure("llm-pruner", given)
+
+
+def test_all_of_the_text_can_be_asked_for(tmp_path: Path) -> None:
+    for settings, told in (({}, "10 stretches of 16 tokens"), ({"preset": "matched"}, "12 stretches of 16 tokens")):
+        context = Context(scratch=tmp_path)
+        method, budget = methods.configure("llm-pruner", settings), Budget(ratio=0.8, basis="block")
+        method.compress(tiny_model("llama-gqa"), None, budget, RandomCalibration(), context)  # type: ignore[arg-type]
+        assert told in context.notes[0]
+
+
+def test_every_step_draws_texts_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        drawn.append(snippets(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr("methods.llm_pruner.snippets", spy)
+    method, budget = LLMPruner(iterative_steps=2, tokens=8), Budget(ratio=0.8, basis="block")
+    for _ in range(2):
+        method.compress(tiny_model("llama-gqa"), None, budget, RandomCalibration(), Context(scratch=tmp_path))  # type: ignore[arg-type]
+    assert not drawn[0].equal(drawn[1]) and drawn[0].equal(drawn[2]) and drawn[1].equal(drawn[3])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import methods
 from methods import modeling
-from methods.base import Budget, Context
+from methods.base import Batch, Budget, Context
 from methods.block_statistics import gather
 from methods.errors import UserError
 from methods.modegpt import MoDeGPT
@@ -260,11 +261,44 @@ def test_the_error_of_every_block_grows_as_the_model_shrinks(name: str, tmp_path
         assert all(0 < little < much for little, much in zip(lighter, heavier, strict=True))
 
 
-@pytest.mark.parametrize("samples", [0, 2])
-def test_too_little_text_is_an_error(samples: int, tmp_path: Path) -> None:
-    few = RandomCalibration(samples=samples)
-    with pytest.raises(UserError, match=rf"{16 * samples} calibration tokens cannot span 48 dimensions.*--budget"):
-        EVEN.compress(tiny_model("llama-gqa"), None, asked(0.7), few, context(tmp_path))  # type: ignore[arg-type]
+def test_no_text_is_an_error_and_too_little_is_told(tmp_path: Path) -> None:
+    def run(samples: int) -> list[str]:
+        given = context(tmp_path)
+        few = RandomCalibration(samples=samples)
+        small = EVEN.compress(tiny_model("llama-gqa"), None, asked(0.7), few, given)  # type: ignore[arg-type]
+        assert logits(small).isfinite().all()
+        return given.notes
+
+    with pytest.raises(UserError, match="there is nothing to measure"):
+        run(0)
+    assert run(3) == []
+    (note,) = run(2)
+    assert note.startswith("32 calibration tokens for MLPs of 48 channels")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3", "phi", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_singular_covariances_without_ridges_give_numbers_or_an_error(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    class Constant(RandomCalibration):
+        def batches(self, size: int) -> Iterator[Batch]:
+            for batch in super().batches(size):
+                yield Batch(torch.full_like(batch.input_ids, 7), None)
+
+    method = MoDeGPT(epsilon=math.inf, vo="value", value_ridge=0, solve_ridge=0)
+    model = tiny_model(name, dtype=dtype)
+    small = method.compress(model, None, asked(0.7), Constant(), context(tmp_path))  # type: ignore[arg-type]
+    assert logits(small).isfinite().all()
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa", dtype=torch.float16)
+    for layer in modeling.Decoder(model).layers:
+        layer.attention_norm.get_parameter("weight").data *= 1e-4
+        layer.attention_inputs[2].weight.data *= 1e-4
+    with pytest.raises(UserError, match=r"does not fit torch.float16.*--dtype bfloat16"):
+        compressed(model, 0.7, tmp_path)
 
 
 def test_an_overflow_is_an_error_and_nothing_to_see_is_none(tmp_path: Path) -> None:

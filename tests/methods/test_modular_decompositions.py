@@ -156,5 +156,9 @@ def test_the_joint_basis_is_better_for_the_output_and_neither_fails_without_rank
     thin = data(1, 6).T @ data(1, 6)
     for poor, mixed in ((thin, M), (0 * C, M), (C, 0 * M)):
         assert all(part.isfinite().all() for part in value_basis(poor, mixed, 3))
+    for rank in (1, 2):  # no direction is blown up of which the values say nothing
+        poor = data(rank, 6).T @ data(rank, 6)
+        inward, outward = value_basis(poor, torch.eye(6, dtype=M.dtype), 3)
+        assert inward.abs().max() < 10 and not inward[:, rank:].any() and outward[rank:].abs().max() < 1e-12
     rest = (torch.linalg.multi_dot(value_basis(thin, M, 3)) - torch.eye(6)) @ M
     assert (rest.T @ thin @ rest).trace().abs() < 1e-9 * (M.T @ thin @ M).trace()

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import gc
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import methods
 from methods import modeling
 from methods.base import Batch, Budget, Context
 from methods.errors import UserError
@@ -296,3 +299,71 @@ def test_nothing_to_measure_and_overflow_are_errors() -> None:
 def test_impossible_settings_are_refused(field: str) -> None:
     with pytest.raises(UserError, match=f"sleb.{field} is -1; the least is"):
         SLEB(**{field: -1})
+
+
+def test_one_shot_looks_only_at_what_goes() -> None:
+    """A block whose overflow its own removal mends can go; that others overflow without theirs does not matter."""
+    model = tiny_model("llama-gqa", num_hidden_layers=6)
+    modeling.Decoder(model).layers[2].mlp_output.weight.data[0, 0] = torch.inf
+    batches = list(RandomCalibration().batches(8))
+    for rescore in (True, False):
+        assert [removal.block for removal in eliminate(model, batches, 1, rescore=rescore)] == [2]
+    with pytest.raises(UserError, match="overflows"):
+        eliminate(model, batches, 2, rescore=False)
+    assert len(eliminate(model, batches, 2)) == 2
+
+
+def test_entering_holds_one_stream() -> None:
+    """Not one per block: of a model of 80 blocks that would be gigabytes on the device."""
+    model, alive = tiny_model("llama-gqa", num_hidden_layers=6), []
+    layers = modeling.Decoder(model).layers
+
+    def count(*_: object) -> None:
+        alive.append(sum(t.shape == (8, 16, 32) for t in gc.get_objects() if type(t) is torch.Tensor))
+
+    layers[1].module.register_forward_pre_hook(count)
+    layers[5].module.register_forward_pre_hook(count)
+    (batch,) = RandomCalibration(samples=8).batches(8)
+    entered = enter(modeling.Decoder(model), batch)
+    assert alive[1] == alive[0] and len(entered.keywords) == 6
+
+
+def test_losses_of_bf16_models_are_summed_in_more_than_bf16() -> None:
+    model = tiny_model("llama-gqa", dtype=torch.bfloat16)
+    (batch,) = RandomCalibration().batches(12)
+    (first,) = eliminate(model, [batch], 1)
+    alive = [block for block in range(4) if block != first.block]
+    with torch.no_grad():
+        exact = modeling.keep_layers(model, alive)(input_ids=batch.input_ids).logits.double()[:, :-1]
+    loss = torch.nn.functional.cross_entropy(exact.flatten(0, 1), batch.input_ids[:, 1:].flatten())
+    assert first.loss == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_equal_losses_do_not_end_the_search() -> None:
+    """A candidate that is as good as the best one is measured to its end: what it says is its loss."""
+    model = tiny_model("llama-gqa", num_hidden_layers=5)
+    silence(model, 1), silence(model, 3)
+    decoder, text = modeling.Decoder(model), [enter(modeling.Decoder(model), next(written_by(model).batches(8)))]
+    losses = {found.block: found.loss for found in losses_without(decoder, text, range(5), [1, 3], give_up=True)}
+    assert losses[1] == losses[3] < math.inf
+
+
+def test_published_lines_are_joined_by_blank_lines(tmp_path: Path) -> None:
+    seen = []
+
+    class Spy:
+        def __call__(self, text: str, **_: Any) -> Any:
+            seen.append(text)
+            return tokenizer()(text)
+
+    settings, context = SLEB(calib="as-published", lines=8, window=12), Context(scratch=tmp_path)
+    list(settings._batches(modeling.Decoder(tiny_model("llama-gqa")), Spy(), text_lines(40), context))  # type: ignore[arg-type]
+    assert len(seen[0].split("\n\n")) == 8
+    assert context.notes == ["scored on 8 random lines of the calibration text instead of its windows"]
+
+
+@pytest.mark.parametrize("field", ["lines", "window"])
+def test_settings_of_another_text_are_refused(field: str) -> None:
+    with pytest.raises(UserError, match=rf"sleb.{field}=64 has no effect beside sleb.calib=matched"):
+        methods.configure("sleb", {field: "64"})
+    methods.configure("sleb", {field: "64", "calib": "as-published"})
