@@ -9,12 +9,24 @@ import importlib
 import wrapt
 
 # One line per method: importing a method's module registers it.
-from methods import dense, llm_pruner, modegpt, random_structures, shortgpt, sleb, slicegpt, structured_magnitude, tomoe
+from methods import (
+    dense,
+    disp_llm,
+    llm_pruner,
+    modegpt,
+    random_structures,
+    shortgpt,
+    sleb,
+    slicegpt,
+    structured_magnitude,
+    tomoe,
+)
 from methods.registry import configure, get, names, register
 
 __all__ = [
     "configure",
     "dense",
+    "disp_llm",
     "get",
     "llm_pruner",
     "modegpt",
