@@ -2,7 +2,8 @@
 
     batch -> loss(step, batch) -> gradient -> mean over processes -> clipped -> AdamW at rate(step)
 
-Every step's noise is seeded by (seed, step, process), so a resumed run draws what an uninterrupted one draws. With
+Every step's noise is seeded by (seed, step, process), so a resumed run draws what an uninterrupted one draws. (On a CPU
+runs of different seeds draw alike: its generator takes 32 bits of a seed. Their start and their text differ.) With
 several processes (`accelerate launch`) each one reads its own blocks and draws its own noise, and gradients are
 averaged explicitly: what is trained may run inside a frozen model, where no wrapper would see it.
 
