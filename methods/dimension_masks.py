@@ -35,13 +35,15 @@ from methods.training.loop import Group, Loop, LoopSettings
 from methods.training.losses import next_token
 from methods.training.recomputation import recomputed
 from methods.training.seeding import seeded
-from methods.training.straight_through import gumbel_sigmoid, reinmax, st_gumbel_sigmoid
+from methods.training.straight_through import OFFSET, gumbel_sigmoid, probability_on, reinmax, st_gumbel_sigmoid
 
 if TYPE_CHECKING:
     from methods.disp_llm import DispLLM
 
 WIDTH = 128
 """Of the hypernetwork: both directions of the GRU together."""
+FAR = 0.02
+"""From here on r - p is told to the reader."""
 WITHOUT_EFFECT = ("checkpointing", "tensorboard", "round_to")
 """Settings that do not change what is trained."""
 
@@ -179,7 +181,7 @@ class Trainer:
             raise UserError(
                 "disp-llm trains in bfloat16 or float32: gradients vanish in float16. Type --dtype bfloat16."
             )
-        self.settings, self.model = settings, model
+        self.settings, self.model, self.context = settings, model, context
         self.decoder = Decoder(model)
         self.shape, granted = self.decoder.shape, context.training
         self.plan = Plan(
@@ -194,9 +196,9 @@ class Trainer:
             self.network = MaskNetwork(self.shape, generator).to(model.device)
         self.masked = MaskedBlocks(self.decoder)
         self.blocks = Blocks(calibration.rows(), tokenizer, self.plan.window, context.seed)
-        self.loop = self._loop(calibration, context)
+        self.loop = self._loop(calibration)
 
-    def _loop(self, calibration: Calibration, context: Context) -> Loop:
+    def _loop(self, calibration: Calibration) -> Loop:
         settings, plan = self.settings, self.plan
         mathematics = {k: v for k, v in asdict(settings).items() if k not in WITHOUT_EFFECT}
         identity = {"settings": mathematics, "budget": asdict(plan), "model": Dense(self.model.state_dict()).identity}
@@ -216,7 +218,7 @@ class Trainer:
             self._loss,
             lambda step: settings.learning_rate,
             self.blocks,
-            context,
+            self.context,
             identity | {"calibration": calibration.sha256},
             dict(self.network.named_buffers()),
         )
@@ -227,6 +229,24 @@ class Trainer:
         layers = self.decoder.layers if self.settings.checkpointing else []
         with self.masked.attached(), recomputed(layers):
             self.loop.run()
+        self._report()
+
+    @torch.no_grad()
+    def _report(self) -> None:
+        """Tell the reader when the masks are far from the size they are cut to."""
+        r = kept_fraction(draw(self.network.logits(), self._chance), self.shape).item()
+        if abs(r - self.plan.target) > FAR:
+            self.context.note(
+                f"disp-llm: training ended with {r:.3f} of the weights on where {self.plan.target:.3f} was the target, "
+                "so the rest was decided by logits that had not settled. Give it more steps (--budget, or "
+                "--set disp-llm.steps=N)."
+            )
+
+    def _chance(self, logits_M: Tensor) -> Tensor:
+        """That a mask is on in one draw."""
+        if self.settings.estimator == "reinmax":
+            return torch.sigmoid(logits_M + OFFSET)
+        return probability_on(logits_M)
 
     def _gate(self, logits_M: Tensor) -> Tensor:
         """A mask of the training pass."""
