@@ -11,6 +11,7 @@ import wrapt
 # One line per method: importing a method's module registers it.
 from methods import (
     dense,
+    disp_llm,
     llm_pruner,
     llm_surgeon,
     modegpt,
@@ -26,6 +27,7 @@ from methods.registry import configure, get, names, register
 __all__ = [
     "configure",
     "dense",
+    "disp_llm",
     "get",
     "llm_pruner",
     "llm_surgeon",

@@ -1,7 +1,7 @@
 """Delta checkpoints: a compressed model, saved as its difference from the dense model that it was made from.
 
 Methods that choose among weights without changing them (ToMoE, ShortGPT, pruning) leave tensors that the dense model
-has too, or some rows or columns of one. A delta says which, and holds the rest (routers, projections, tables):
+has too, or some rows and columns of one. A delta says which, and holds the rest (routers, projections, tables):
 
     save_delta(compressed, AutoModelForCausalLM.from_pretrained(dense), "delta")
     compressed = load_delta("delta", AutoModelForCausalLM.from_pretrained(dense))
@@ -23,14 +23,15 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from methods.errors import UserError
 from methods.modeling.content import Dense, digest
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of `delta.json`; a newer one is refused."""
 LARGEST = 0.5
 """Share of the compressed model's bytes from which on a delta is refused: it would save next to nothing."""
 RECIPES, TENSORS = "delta.json", "delta.safetensors"
 
 Recipe = dict[str, Any]
-"""Where a tensor comes from: `{"stored": hash}`, `{"base": name}` or `{"base": name, "axis": 0 or 1, "kept": hash}`."""
+"""Where a tensor comes from: `{"stored": hash}`, `{"base": name}`, or of that `"rows": hash` and `"columns": hash`, one
+or both. Version 1 had `"axis": 0 or 1, "kept": hash` in their place."""
 
 
 def save_delta(model: PreTrainedModel, base: PreTrainedModel, folder: str | Path) -> None:
@@ -64,9 +65,10 @@ def _recipe(dense: Dense, name: str, tensor: Tensor, key: str, stored: dict[str,
     if whole := dense.whole(name, key):
         return {"base": whole}
     if part := dense.part(name, tensor):
-        kept = digest(part.kept)
-        stored[kept] = part.kept
-        return {"base": part.name, "axis": part.axis, "kept": kept}
+        lists = {"rows": part.rows, "columns": part.columns}
+        kept = {axis: (digest(numbers), numbers) for axis, numbers in lists.items() if numbers is not None}
+        stored |= dict(kept.values())
+        return {"base": part.name, **{axis: key for axis, (key, _) in kept.items()}}
     stored[key] = tensor.cpu().contiguous()
     return {"stored": key}
 
@@ -145,7 +147,10 @@ def _make(recipe: Recipe, dense: dict[str, Tensor], stored: dict[str, Tensor]) -
     """The tensor that a recipe says."""
     if "stored" in recipe:
         return stored[recipe["stored"]]
-    tensor = dense[recipe["base"]]
-    if "kept" not in recipe:
-        return tensor.clone()
-    return tensor.index_select(recipe["axis"], stored[recipe["kept"]].int().to(tensor.device))
+    if "axis" in recipe:
+        recipe = {"base": recipe["base"], ("rows", "columns")[recipe["axis"]]: recipe["kept"]}
+    tensor = dense[recipe["base"]].clone()
+    for axis, name in enumerate(("rows", "columns")):
+        if name in recipe:
+            tensor = tensor.index_select(axis, stored[recipe[name]].int().to(tensor.device))
+    return tensor

@@ -25,7 +25,7 @@ from methods.base import Context
 from methods.errors import UserError
 from methods.training.data import Blocks
 from methods.training.log import StepLog
-from methods.training.seeding import seeded
+from methods.training.seeding import mixed, seeded
 from methods.training.state import TrainingState
 
 PATIENCE = 10
@@ -147,8 +147,7 @@ class Loop:
         rate = self.rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        noise_seed = ((self.settings.seed + 1) * 2**40 + number * 2**10 + self.process.process_index) % 2**64
-        with seeded(noise_seed, self.context.device):
+        with seeded(mixed(self.settings.seed, number, self.process.process_index), self.context.device):
             loss, told = self.loss(number, batch)
             loss.backward()
         self._update(number)

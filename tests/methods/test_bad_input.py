@@ -15,7 +15,7 @@ from methods.base import Batch, Budget, Context, Training
 from methods.errors import UserError
 from methods.modeling.footprint import footprint
 from tests.methods.tiny import RandomCalibration, logits, tiny_model
-from tests.methods.tomoe.small import tokenizer
+from tests.methods.training.small import tokenizer
 
 NAMES = [name for name in methods.names() if name != "dense"]
 WITHOUT_TEXT = {"random", "structured-magnitude"}

@@ -26,6 +26,7 @@ class Numbers:
         self.constant, self.noise = torch.ones(3), noise
         self.gradients: list[Tensor] = []
         self.batches: list[Tensor] = []
+        self.drawn: list[float] = []
         how = LoopSettings(
             name="numbers",
             label="training",
@@ -41,7 +42,9 @@ class Numbers:
 
     def loss(self, step: int, batch: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         self.batches.append(batch)
-        aim = AIM + self.noise * torch.randn(3)
+        noise_3 = torch.randn(3)
+        self.drawn.append(float(noise_3[0]))
+        aim = AIM + self.noise * noise_3
         loss = ((self.near + self.far + self.constant - 1 - aim) ** 2).sum() / 2
         return loss, {"loss": loss, "aim": 0.1}
 
@@ -84,6 +87,12 @@ def test_a_batch_has_a_token_more_than_the_window_and_the_log_what_was_told(tmp_
     rows = list(csv.DictReader((tmp_path / "training.csv").read_text().splitlines()))
     assert [row["learning_rate"] for row in rows] == [f"{0.1 / (step + 1):.9g}" for step in range(5)]
     assert (rows[0]["loss"], rows[0]["aim"], rows[0]["batch_tokens"]) == ("84.5", "0.1", "32")
+
+
+def test_every_step_has_noise_of_its_own(tmp_path: Path) -> None:
+    numbers, before = Numbers(tmp_path), torch.get_rng_state()
+    numbers.loop.run()
+    assert len({*numbers.drawn}) == 5 and torch.get_rng_state().equal(before)
 
 
 def test_begin_comes_before_the_first_step_and_not_again(tmp_path: Path) -> None:

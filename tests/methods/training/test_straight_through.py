@@ -8,7 +8,9 @@ import torch
 from methods.training.straight_through import (
     OFFSET,
     gumbel,
+    gumbel_sigmoid,
     probability_on,
+    reinmax,
     st_gumbel_sigmoid,
     st_gumbel_softmax,
     straight_through,
@@ -42,6 +44,34 @@ def test_sigmoid_value_is_a_bit_and_gradient_that_of_the_soft_one(tau: float) ->
     y = torch.sigmoid((logits.detach() + gumbel(logits.detach()) + 3) / tau)
     torch.testing.assert_close(logits.grad, weights * y * (1 - y) / tau)
     assert mask.equal((y > 0.5).double())
+
+
+def test_soft_masks_are_between_0_and_1_and_hard_ones_their_nearest() -> None:
+    logits = torch.linspace(-8, 2, 1001, dtype=torch.float64)
+    torch.manual_seed(3)
+    soft = gumbel_sigmoid(logits, 0.4)
+    torch.manual_seed(3)
+    assert st_gumbel_sigmoid(logits, 0.4).equal(soft.round())
+    assert (soft >= 0).all() and (soft <= 1).all() and ((soft > 0.01) & (soft < 0.99)).any()
+
+
+@pytest.mark.parametrize("logit", [-7.0, -3.0, -1.5, 0.0])
+def test_reinmax_on_average_is_the_derivative_of_a_quadratic_s_mean(logit: float) -> None:
+    """f(s) = a s^2 + b s, of which E f = (a + b) p; each value's estimate is that of ReinMax's formula."""
+    a, b, p = 0.7, -2.0, 1 / (1 + math.exp(-logit - 3))
+    logits = torch.full((100_000,), logit, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    mask = reinmax(logits)
+    assert float(mask.detach().mean()) == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 1e5))
+    (a * mask**2 + b * mask).sum().backward()
+    grads = logits.grad
+    assert grads is not None
+    for value in (0.0, 1.0):
+        q = (value + p) / 2
+        expected = (2 * a * value + b) * (2 * q * (1 - q) - p * (1 - p) / 2)
+        torch.testing.assert_close(grads[mask == value], torch.full_like(grads[mask == value], expected))
+    means = {value: grads[mask == value].mean().nan_to_num() for value in (0.0, 1.0)}
+    assert p * means[1.0] + (1 - p) * means[0.0] == pytest.approx((a + b) * p * (1 - p))
 
 
 def test_softmax_value_is_one_hot_and_gradient_that_of_the_soft_one() -> None:
