@@ -224,28 +224,29 @@ def test_a_bad_loss_in_one_process_skips_the_step_in_all(folder: Path) -> None:
     assert not same(results[0], both(folder, "whole")[0])
 
 
-def tomoe_run(folder: Path, *more: str) -> list[str]:
-    """A command line that trains two cells for two steps."""
-    method = ["--methods", "tomoe", "--ratios", "0.7", "0.6", "--ratio-basis", "block", "--set", "tomoe.steps=2"]
-    return ["run_all.py", *arguments(folder, *method, "--set", "tomoe.experts=2", *more)]
+def trained_run(folder: Path, *more: str, methods: tuple[str, ...] = ("tomoe",)) -> list[str]:
+    """A command line that trains two cells of each method for two steps."""
+    what = ["--methods", *methods, "--ratios", "0.7", "0.6", "--ratio-basis", "block", "--set", "tomoe.experts=2"]
+    steps = [word for method in methods for word in ("--set", f"{method}.steps=2")]
+    return ["run_all.py", *arguments(folder, *what, *steps, *more)]
 
 
 def test_a_launched_run_leaves_one_record_per_cell_of_what_all_processes_trained(tmp_path: Path) -> None:
     make_model(tmp_path / "model"), make_text(tmp_path / "text.txt")
-    done = launched(*tomoe_run(tmp_path))
+    done = launched(*trained_run(tmp_path, methods=("disp-llm", "tomoe")))
     assert done.returncode == 0, done.stderr
     made = [(record["cell"]["method"], record["status"]) for record in store.records(tmp_path / "out")]
-    assert made == [("dense", "done"), ("tomoe", "done"), ("tomoe", "done")]
+    assert made == [("dense", "done"), *[("disp-llm", "done")] * 2, *[("tomoe", "done")] * 2]
     logs = [path.read_text().splitlines() for path in (tmp_path / "out").rglob("training.csv")]
     # Steps of both processes' two sequences of 128.
-    assert [[row["batch_tokens"] for row in csv.DictReader(log)] for log in logs] == [["512", "512"]] * 2
+    assert [[row["batch_tokens"] for row in csv.DictReader(log)] for log in logs] == [["512", "512"]] * 4
 
 
 def test_a_launched_run_ends_when_a_cell_fails_in_all_processes(tmp_path: Path) -> None:
     make_model(tmp_path / "model"), make_text(tmp_path / "text.txt")
     # One byte less than eight different windows of 128 need, which only a tokenizer can tell.
     (tmp_path / "short.txt").write_text("ab " * 44 + "ab")
-    done = launched(*tomoe_run(tmp_path, "--calibration", str(tmp_path / "short.txt")))
+    done = launched(*trained_run(tmp_path, "--calibration", str(tmp_path / "short.txt")))
     assert done.returncode == 1, done.stderr
     assert "3 cells: 1 done, 1 not started, 1 failed." in done.stdout
     made = [(record["cell"]["method"], record["status"]) for record in store.records(tmp_path / "out")]
