@@ -69,7 +69,8 @@ def test_learned_masks_beat_the_same_sizes_at_random(trained: Trained) -> None:
     learned, lots = (cut(dense(), choose(logits, shape, RATIO)) for logits in (trained.logits, order))
     assert footprint(learned).active_block == footprint(lots).active_block
     assert 0 <= 0.7 - footprint(learned).active_block / shape.block < 0.001
-    assert (loss(learned, trained.windows) < loss(lots, trained.windows) - 0.5).all()
+    gain = loss(lots, trained.windows) - loss(learned, trained.windows)
+    assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5, gain
 
 
 @torch.no_grad()
