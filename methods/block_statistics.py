@@ -19,7 +19,7 @@ from methods import modeling
 from methods.base import Calibration, Context
 from methods.errors import UserError
 from methods.lazy import torch
-from methods.linalg import Covariance, Precision
+from methods.linalg import Covariance, Precision, ridge_leverage
 from methods.modeling.shape import DecoderShape
 from methods.sharing import REUSED, read_or, write_whole
 from methods.shortgpt import cosine, finite
@@ -42,6 +42,10 @@ class BlockStatistics(NamedTuple):
     """Uncentred covariance of every value head, without bias."""
     middle_FF: Tensor
     """Uncentred covariance of what the down projection reads."""
+    leverage_F: Tensor
+    """Ridge leverage of every MLP channel, [C (C + lam I)^-1]_ii of that covariance."""
+    leverage_damping: Tensor
+    """lam. Shape []."""
     energy: Tensor
     """Mean square of an entry of what attention reads: the mean eigenvalue of its covariance. Shape []."""
 
@@ -71,24 +75,30 @@ def _file(folder: Path, index: int) -> Path:
 
 
 def gathered(
-    model: PreTrainedModel, calibration: Calibration, context: Context, folder: Path, precision: Precision
+    model: PreTrainedModel, calibration: Calibration, context: Context, folder: Path, precision: Precision, ridge: float
 ) -> Statistics:
     """What an earlier cell has left in the folder, or else `gather`."""
     found = read_or(folder / "index.json", None)
     if found is None:
-        return gather(model, calibration, context, folder, precision)
+        return gather(model, calibration, context, folder, precision, ridge)
     context.note(REUSED.format("block statistics"))
     return _checked(Statistics(folder, found["influence"], found["tokens"], model.device), model, context)
 
 
 def gather(
-    model: PreTrainedModel, calibration: Calibration, context: Context, folder: Path, precision: Precision = "float64"
+    model: PreTrainedModel,
+    calibration: Calibration,
+    context: Context,
+    folder: Path,
+    precision: Precision = "float64",
+    ridge: float = 1e-3,
 ) -> Statistics:
     """One pass of a dense model over the calibration text.
 
     Args:
         folder: exists; gets one file per block, and when all are there index.json.
         precision: in which the MLP's covariance is summed.
+        ridge: of the leverages, as a share of the mean diagonal.
 
     Raises:
         UserError: no text, an overflow, or a device without fp64.
@@ -104,7 +114,7 @@ def gather(
             observer = BlockObserver(layer, decoder.shape, model.device, precision)
             with observer.listening(), modeling.resident(layer.module, model.device):
                 signals.update(observer.step)
-            save_file(observer.statistics()._asdict(), _file(folder, index))
+            save_file(observer.statistics(ridge)._asdict(), _file(folder, index))
             influence.append(observer.influence())
             tokens = observer.tokens
     write_whole(folder / "index.json", {"influence": finite(influence), "tokens": tokens})
@@ -173,7 +183,7 @@ class BlockObserver:
         self._seen.clear()
         return y_BTD
 
-    def statistics(self) -> BlockStatistics:
+    def statistics(self, ridge: float) -> BlockStatistics:
         """The means.
 
         Raises:
@@ -182,7 +192,11 @@ class BlockObserver:
         middle_FF = self._middle.mean()
         query, key, value = (covariance.mean() for covariance in self._heads.values())
         query_Hh, key_Jh = (one.diagonal(dim1=-2, dim2=-1).contiguous() for one in (query, key))
-        return BlockStatistics(query_Hh, key_Jh, value, middle_FF, self._energy / self._middle.tokens)
+        leverage_F, lam = ridge_leverage(middle_FF.double(), ridge)
+        energy = self._energy / self._middle.tokens
+        return BlockStatistics(
+            query_Hh, key_Jh, value, middle_FF, leverage_F, torch.tensor(lam, dtype=torch.float64), energy
+        )
 
     @property
     def tokens(self) -> int:

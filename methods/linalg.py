@@ -2,6 +2,7 @@
 
     Covariance          C = (1/n) sum over tokens of x^T x       of everything that was added
     damped_cholesky     L L^T = C + delta I, delta = c mean(diag C), the smallest c >= ridge of its ladder that factors
+    ridge_leverage      [C (C + delta I)^-1]_ii
     ridge_solve         X = (C + delta I)^-1 B
 
 A covariance of fewer tokens than it is wide is singular, and rounding may make it indefinite; damping decides what
@@ -93,6 +94,12 @@ def damped_cholesky(C_WW: Tensor, ridge: float) -> tuple[Tensor, float]:
         "a covariance of the calibration activations cannot be factored, however much it is damped: the model "
         "overflows or its weights are not numbers. Use --dtype bfloat16 or float32."
     )
+
+
+def ridge_leverage(C_FF: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """[C (C + lam I)^-1]_ii = 1 - lam [(C + lam I)^-1]_ii, shape [F], and lam."""
+    factor, lam = damped_cholesky(C_FF, ridge)
+    return 1 - lam * torch.cholesky_inverse(factor).diagonal(), lam
 
 
 def ridge_solve(C_WW: Tensor, B_WK: Tensor, ridge: float) -> tuple[Tensor, float]:

@@ -40,7 +40,7 @@ from methods.base import Budget, Calibration, Context, Method, Prediction
 from methods.block_statistics import BlockStatistics, Statistics, gathered
 from methods.errors import UserError
 from methods.lazy import torch
-from methods.linalg import Precision, damped_cholesky, ridge_solve
+from methods.linalg import Precision, ridge_solve
 from methods.modeling.shape import DecoderShape
 from methods.module_widths import Widths, mean_sparsity, model_size, removable, sparsities, widths
 from methods.registry import register
@@ -126,9 +126,10 @@ class MoDeGPT(Method):
         if budget.ratio == 1:
             return model
         self.predict(modeling.Decoder(model).shape, budget)
-        with shared_folder(context, calibration, "block statistics", precision=self.precision) as folder:
+        what = {"precision": self.precision, "ridge": self.leverage_ridge}
+        with shared_folder(context, calibration, "block statistics", **what) as folder:
             with alone(folder):
-                statistics = gathered(model, calibration, context, folder, self.precision)
+                statistics = gathered(model, calibration, context, folder, **what)
             return self.decompose(model, budget, statistics, context)
 
     def decompose(
@@ -162,7 +163,7 @@ class MoDeGPT(Method):
         """MLP, query and key, value and output, each where it is to be narrower; the dampings that the MLP took."""
         damping: dict[str, float] = {}
         if kept.mlp < shape.mlp_width:
-            damping = self._decompose_mlp(layer, kept.mlp, found.middle_FF.double())
+            damping = self._decompose_mlp(layer, kept.mlp, found)
         if kept.qk < shape.head_dim:
             pairs, singles = self.scores(found, shape)
             modeling.narrow_qk(layer, shape, choose_dimensions(pairs, singles, kept.qk))
@@ -171,14 +172,13 @@ class MoDeGPT(Method):
             self._decompose_values(layer, shape, kept.vo, found)
         return damping
 
-    def _decompose_mlp(self, layer: DecoderLayer, width: int, C_FF: Tensor) -> dict[str, float]:
-        leverage_F, lam = ridge_leverage(C_FF, self.leverage_ridge)
-        neurons = highest(leverage_F, width)
-        down_Dw, delta = nystroem(C_FF, layer.mlp_output.weight, neurons, self.solve_ridge)
+    def _decompose_mlp(self, layer: DecoderLayer, width: int, found: BlockStatistics) -> dict[str, float]:
+        neurons = highest(found.leverage_F, width)
+        down_Dw, delta = nystroem(found.middle_FF.double(), layer.mlp_output.weight, neurons, self.solve_ridge)
         modeling.narrow_mlp(layer, neurons)
         layer.mlp_output.weight.copy_(down_Dw)
         _require_finite(layer.mlp_output.weight)
-        return {"leverage_damping": lam, "solve_damping": delta}
+        return {"leverage_damping": found.leverage_damping.item(), "solve_damping": delta}
 
     def scores(self, found: BlockStatistics, shape: DecoderShape) -> tuple[Tensor, Tensor]:
         """What rotary pairs [J, P] and other dimensions [J, S] are worth to every key head."""
@@ -204,12 +204,6 @@ class MoDeGPT(Method):
             output_DJRh[:, j, :, :r] = (columns_DRh @ outward_rh.T).to(output_DJRh.dtype)
         modeling.narrow_vo(layer, shape, range(r))
         _require_finite(value_JhD, output_DJRh)
-
-
-def ridge_leverage(C_FF: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """[C (C + lam I)^-1]_ii = 1 - lam [(C + lam I)^-1]_ii, shape [F], and lam."""
-    factor, lam = damped_cholesky(C_FF, ridge)
-    return 1 - lam * torch.cholesky_inverse(factor).diagonal(), lam
 
 
 def nystroem(C_FF: Tensor, down_DF: Tensor, neurons: Tensor, ridge: float) -> tuple[Tensor, float]:
