@@ -119,8 +119,8 @@ class DispLLM(Method):
     estimator: Literal["soft", "st", "reinmax"] = "soft"
     """The masks of the training pass: soft gates (released code), 0/1 with the gradient of the soft gates, or 0/1 with
     ReinMax's gradient (paper)."""
-    lam: float = 16.0
-    """lambda, of the regulariser |log(r / p)| (released code; paper: 6)."""
+    lam: float = 6.0
+    """lambda, of the regulariser |log(r / p)| (paper; released code: 16)."""
     tau: float = 0.4
     """Temperature of the gates."""
     learning_rate: float = 1e-3
@@ -191,7 +191,7 @@ class DispLLM(Method):
             return model
         network = train(self, model, tokenizer, budget, calibration, context)
         with torch.no_grad():
-            logits = network.logits()
+            logits = [Kept(*(mask_M.cpu() for mask_M in block)) for block in network.logits()]
         return cut(model, choose(logits, modeling.Decoder(model).shape, budget, self.round_to))
 
 

@@ -283,7 +283,7 @@ def test_the_log_has_the_objective_and_the_widths(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "training.csv").read_text().splitlines()))
     assert len(rows) == 3 and {"lm", "regulariser", "fraction", "attention_in.0", "mlp_out.3"} <= rows[0].keys()
     row = {key: float(value) for key, value in rows[0].items()}
-    assert row["loss"] == pytest.approx(row["lm"] + 16 * row["regulariser"], rel=1e-5)
+    assert row["loss"] == pytest.approx(row["lm"] + 6 * row["regulariser"], rel=1e-5)
     widths = [Kept(*(row[f"{name}.{block}"] for name in Kept._fields)) for block in range(4)]
     shape = shape_of("llama-gqa")
     assert row["fraction"] == pytest.approx(sum(masked_size(w, shape) for w in widths) / prunable(shape), rel=1e-5)
