@@ -14,13 +14,17 @@ from methods import (
     disp_llm,
     llm_pruner,
     llm_surgeon,
+    magnitude,
     modegpt,
+    pruner_zero,
     random_structures,
     shortgpt,
     sleb,
     slicegpt,
+    sparsegpt,
     structured_magnitude,
     tomoe,
+    wanda,
 )
 from methods.registry import configure, get, names, register
 
@@ -31,15 +35,19 @@ __all__ = [
     "get",
     "llm_pruner",
     "llm_surgeon",
+    "magnitude",
     "modegpt",
     "names",
+    "pruner_zero",
     "random_structures",
     "register",
     "shortgpt",
     "sleb",
     "slicegpt",
+    "sparsegpt",
     "structured_magnitude",
     "tomoe",
+    "wanda",
 ]
 
 

@@ -11,7 +11,7 @@ meanwhile, there is room for g and, where asked for, f.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,26 +73,50 @@ def gradient_moments(
     Raises:
         UserError: a loss is not a number.
     """
-    with full_precision(model), only_gradients_of(model, parameters):
-        moments = {p: Moments(torch.zeros_like(p), torch.zeros_like(p) if squares else None) for p in parameters}
 
-        def take(parameter: Parameter) -> None:
-            assert parameter.grad is not None
-            mean, square = moments[parameter]
-            mean.add_(parameter.grad, alpha=1 / len(ids_NT))
-            if square is not None:
-                square.addcmul_(parameter.grad, parameter.grad, value=1 / len(ids_NT))
-            parameter.grad = None
+    def zeros(parameter: Parameter) -> Tensor:
+        return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
-        with ExitStack() as hooks:
-            for parameter in parameters:
-                hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
-            for ids_T in progress.track(ids_NT, "gradients", len(ids_NT)):
-                loss = next_token_loss(model, ids_T.to(model.device))
-                if not loss.isfinite():
-                    raise overflow()
-                loss.backward()
+    moments = {p: Moments(zeros(p), zeros(p) if squares else None) for p in parameters}
+
+    def take(parameter: Parameter, gradient: Tensor) -> None:
+        mean, square = moments[parameter]
+        mean.add_(gradient, alpha=1 / len(ids_NT))
+        if square is not None:
+            square.addcmul_(gradient, gradient, value=1 / len(ids_NT))
+
+    visit_gradients(model, parameters, list(ids_NT), progress, take)
     return moments
+
+
+def visit_gradients(
+    model: PreTrainedModel,
+    parameters: Sequence[Parameter],
+    samples: Sequence[Tensor],
+    progress: Progress,
+    take: Callable[[Parameter, Tensor], None],
+) -> None:
+    """Call `take(w, g_s)` for every sample s, token ids [T], and all of some parameters w that its loss depends on.
+
+    The model is left as it was.
+
+    Raises:
+        UserError: a loss is not a number.
+    """
+
+    def visit(parameter: Parameter) -> None:
+        assert parameter.grad is not None
+        take(parameter, parameter.grad)
+        parameter.grad = None
+
+    with full_precision(model), only_gradients_of(model, parameters), ExitStack() as hooks:
+        for parameter in parameters:
+            hooks.callback(parameter.register_post_accumulate_grad_hook(visit).remove)
+        for ids_T in progress.track(samples, "gradients", len(samples)):
+            loss = next_token_loss(model, ids_T.to(model.device))
+            if not loss.isfinite():
+                raise overflow()
+            loss.backward()
 
 
 def next_token_loss(model: PreTrainedModel, ids_T: Tensor) -> Tensor:

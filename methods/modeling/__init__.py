@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from methods.modeling.structures.removed_layers import keep_layers as keep_layers
     from methods.modeling.structures.rotated_residual import convert_layer as convert_layer
     from methods.modeling.structures.rotated_residual import replace_norm as replace_norm
+    from methods.modeling.structures.sparse_linears import runs_sparse as runs_sparse
+    from methods.modeling.structures.sparse_linears import sparse_record as sparse_record
+    from methods.modeling.structures.sparse_linears import sparsify as sparsify
     from methods.modeling.structures.topk_choice import ValueRule as ValueRule
     from methods.modeling.structures.topk_choice import ValueSelector as ValueSelector
     from methods.modeling.structures.topk_values import convert_values as convert_values
@@ -72,6 +75,9 @@ _HOMES = {
     "keep_layers": "structures.removed_layers",
     "convert_layer": "structures.rotated_residual",
     "replace_norm": "structures.rotated_residual",
+    "runs_sparse": "structures.sparse_linears",
+    "sparse_record": "structures.sparse_linears",
+    "sparsify": "structures.sparse_linears",
     "ValueRule": "structures.topk_choice",
     "ValueSelector": "structures.topk_choice",
     "convert_values": "structures.topk_values",

@@ -39,6 +39,7 @@ from methods.modeling.structures import (
     narrow_residual,
     removed_layers,
     rotated_residual,
+    sparse_linears,
     topk_values,
 )
 
@@ -51,6 +52,7 @@ STRUCTURES: dict[str, Callable[[PreTrainedModel, dict[str, Any]], None]] = {
     narrow_attention.NAME: narrow_attention.apply,
     topk_values.NAME: topk_values.apply,
     gathered_linears.NAME: gathered_linears.apply,
+    sparse_linears.NAME: sparse_linears.apply,
     choice_noise.NAME: choice_noise.apply,
 }
 """What gives a dense model a structure's modules and shapes, by name, in the order they apply (a saved record is sorted

@@ -81,8 +81,9 @@ def _require_small(delta: int, whole: int) -> None:
     if delta > LARGEST * whole:
         raise UserError(
             f"a delta of this model would hold {delta / whole:.0%} of its {whole / 1e6:.1f} MB: most of its weights "
-            "are not weights of the base, as after a rotation (slicegpt), or the base is another model or in another "
-            "dtype. Name the model it was made from, or save it whole with save_pretrained."
+            "are not rows of weights of the base, as after a rotation (slicegpt) or in projections that are sparse "
+            "(wanda), or the base is another model or in another dtype. Name the model it was made from, or save it "
+            "whole with save_pretrained."
         )
 
 

@@ -16,6 +16,7 @@ from methods.modeling.shape import DecoderShape
 from methods.modeling.structures import gathered_linears, moe_mlp, narrow_residual, removed_layers, rotated_residual
 from methods.modeling.structures.attention import ReshapedAttention
 from methods.modeling.structures.moe_inspect import describe_experts, expert_ids
+from methods.modeling.structures.sparse_linears import sparse_parts
 from methods.modeling.structures.topk_values import TopKAttention
 
 
@@ -27,23 +28,25 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         rotated; `narrow_width`, of the residual stream where the same channels are removed everywhere, else None;
         `layers`, per block: `layer`, its number in the dense model; `kept` and `full` of `heads`, `kv_heads`, `qk` and
         `vo` (dimensions per head; a token uses so many) and `mlp` (neurons, likewise); `gathered`, of projections that
-        read or write a part by name: `rows` and `columns` that are left, None where all are; `mixture`, None or
-        what `describe_experts` says with `union_share` and `raw_widths`, those of the experts before they were made
-        equal (None where the record does not say).
+        read or write a part by name: `rows` and `columns` that are left, None where all are; `density`, of projections
+        that keep some of their weights by name, the share of them; `mixture`, None or what `describe_experts` says with
+        `union_share` and `raw_widths`, those of the experts before they were made equal (None where the record does not
+        say).
     """
     decoder, structures = Decoder(model), structures_of(model.config)
     shape = decoder.family.shape(model.config.to_dict())
     everything = list(range(len(decoder.layers)))
     blocks = structures.get(removed_layers.NAME, {"kept": everything, "of": len(everything)})
     gathered = gathered_linears.gathered_record(model)["layers"]
-    parts = zip(blocks["kept"], decoder.layers, gathered, _mixtures(model, shape), strict=True)
+    density = [{name: part.density for name, part in sparse_parts(layer).items()} for layer in decoder.layers]
+    parts = zip(blocks["kept"], decoder.layers, gathered, density, _mixtures(model, shape), strict=True)
     return {
         "removed_layers": sorted({*range(blocks["of"])} - {*blocks["kept"]}),
         "rotated_width": structures.get(rotated_residual.NAME, {}).get("width"),
         "narrow_width": structures.get(narrow_residual.NAME, {}).get("width"),
         "layers": [
-            {"layer": n, **_widths(layer, shape, mixture), "gathered": gathered, "mixture": mixture}
-            for n, layer, gathered, mixture in parts
+            {"layer": n, **_widths(layer, shape, mixture), "gathered": gathered, "density": density, "mixture": mixture}
+            for n, layer, gathered, density, mixture in parts
         ],
     }
 

@@ -41,9 +41,13 @@ class Signals:
 
     def update(self, function: Callable[[Tensor, dict[str, Any], Tensor | None], Tensor]) -> None:
         """Replace each batch's signal x by function(x, keywords, mask), one batch at a time."""
-        for index, parts in enumerate(zip(self.batches, self.keywords, self.masks, strict=True)):
-            x_BTD, keywords, mask_BT = parts
-            self.batches[index] = function(x_BTD.to(self.device), keywords, mask_BT).cpu()
+        for index, call in enumerate(self.calls()):
+            self.batches[index] = function(*call).cpu()
+
+    def calls(self) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
+        """Per batch: the signal on the device, the keywords and the mask."""
+        for x_BTD, keywords, mask_BT in zip(self.batches, self.keywords, self.masks, strict=True):
+            yield x_BTD.to(self.device), keywords, mask_BT
 
     def rows(self) -> Iterator[Tensor]:
         """Per batch, the signal of the real tokens in fp64, shape [tokens, D]."""

@@ -47,7 +47,7 @@ def run(name: str, scratch: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is one of Linux")
-@pytest.mark.parametrize("name", ["shortgpt", "slicegpt", "sleb", "modegpt"])
+@pytest.mark.parametrize("name", ["shortgpt", "slicegpt", "sleb", "modegpt", "magnitude", "wanda", "sparsegpt"])
 def test_below_a_hard_limit(name: str, tmp_path: Path) -> None:
     done = run(name, tmp_path)
     assert done.stdout == "done\n", done.stderr

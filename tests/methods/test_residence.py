@@ -47,7 +47,7 @@ class Away:
 
 
 def test_streaming_methods_are_those_that_need_no_gradient() -> None:
-    assert set(STREAMING) == {"shortgpt", "sleb", "slicegpt", "modegpt"}
+    assert set(STREAMING) == {"shortgpt", "sleb", "slicegpt", "modegpt", "magnitude", "wanda", "sparsegpt"}
 
 
 @pytest.mark.parametrize("name", STREAMING)
@@ -62,7 +62,8 @@ def test_one_block_at_a_time_is_on_the_device(name: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(modeling, "resident", away.resident, raising=False)
     found = method.compress(model, None, budget, calibration, context)  # type: ignore[arg-type]
     assert logits(found).equal(logits(expected))
-    assert away.most == 1 and away.ran > 0 and not away.there
+    assert away.most == 1 and not away.there
+    assert away.ran > 0 or name == "magnitude"  # which runs nothing
 
 
 def test_a_block_goes_back_even_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

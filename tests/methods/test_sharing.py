@@ -24,6 +24,7 @@ SHARING: dict[str, dict[str, str]] = {
     "llm-pruner in steps": {"tokens": "12", "iterative_steps": "2", "protect_first": "0", "protect_last": "0"},
     "llm-pruner channel": {"tokens": "12", "mode": "channel"},
     "modegpt": {},
+    "pruner-zero": {"pattern": "unstructured"},
 }
 RATIOS = (0.8, 0.6)
 

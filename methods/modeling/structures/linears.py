@@ -29,5 +29,5 @@ def _require_plain(linear: nn.Module) -> None:
     if not isinstance(linear, nn.Linear):
         raise UserError(
             f"a projection that has become a {type(linear).__name__} cannot be made narrower. Narrow it first, and "
-            "gather its rows and columns afterwards."
+            "gather or prune it afterwards."
         )
