@@ -8,13 +8,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import methods
 from methods import modeling
+from methods.base import Budget, Context
+from methods.errors import UserError
 from methods.modeling.decoder import Decoder
 from methods.modeling.footprint import footprint
 from methods.modeling.structures import topk_products
 from methods.recovery import Recovery, adapters
 from tests.methods.recovery.made_of import STRUCTURES, needs_peft, noisy
-from tests.methods.tiny import ONE_PER_FAMILY, assert_cache_changes_nothing, logits, tiny_model
+from tests.methods.tiny import ONE_PER_FAMILY, RandomCalibration, assert_cache_changes_nothing, logits, tiny_model
 
 pytestmark = needs_peft
 CASES = [(structure, name) for structure in STRUCTURES for name in ("llama-gqa", "qwen2", "phi", "opt")]
@@ -132,3 +135,16 @@ def test_expert_stores_are_made_anew_after_merging() -> None:
     apart = logits(adapted(model))
     adapters.merge(model)
     torch.testing.assert_close(logits(model), apart, **CLOSE)
+
+
+def test_pruned_single_weights_are_refused(tmp_path: Path) -> None:
+    budget, context = Budget(ratio=0.5, basis="block", tolerance=0.1), Context(scratch=tmp_path)
+    model = methods.configure("magnitude", {}).compress(
+        tiny_model("llama-gqa"),
+        None,  # type: ignore[arg-type]
+        budget,
+        RandomCalibration(),
+        context,
+    )
+    with pytest.raises(UserError, match="would fill the zeros"):
+        adapters.attach(model, Recovery())
