@@ -69,6 +69,11 @@ def one_line(error: Exception, job: Job) -> str:
         return f"The disk is full below {folders}. Make room and repeat the command: it goes on where it stopped."
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The memory of {job.device} is full. Use --device cpu, a larger device, or settings that take less: "
+            "docs/MEMORY.md says what each method holds (for example --set llm-surgeon.factors=host)."
+        )
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

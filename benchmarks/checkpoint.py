@@ -150,13 +150,15 @@ def context_of(
     job: Job, model: PreTrainedModel, calibration: data.TokenCalibration, progress: Progress, notes: list[str]
 ) -> Context:
     """Where and how to work on a model, and what the preset grants to training, windows capped at the model's limit."""
-    preset = job.cell.budget
+    preset, scratch = job.cell.budget, job.scratch / "method"
     window = min(preset.training_window, model.config.max_position_embeddings)
+    if scratch.is_dir() and any(scratch.iterdir()):
+        notes.append("went on from what an interrupted attempt had left, whose time is not counted")
     return Context(
         device=job.device,
         seed=job.cell.seed,
         batch_size=max(1, CALIBRATION_TOKENS // calibration.window),
-        scratch=job.scratch / "method",
+        scratch=scratch,
         shared=job.shared,
         training=Training(steps=preset.training_steps, sequences=preset.training_sequences, window=window),
         artifacts=job.folder,

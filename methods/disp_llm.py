@@ -115,6 +115,7 @@ class DispLLM(Method):
     """Learn which dimensions of the stream every block reads and writes, and which MLP channels it keeps."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER, "released": RELEASED}
+    idle = (({"estimator": "reinmax"}, ("tau",)),)
 
     estimator: Literal["soft", "st", "reinmax"] = "soft"
     """The masks of the training pass: soft gates (released code), 0/1 with the gradient of the soft gates, or 0/1 with

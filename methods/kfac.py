@@ -1,14 +1,15 @@
 """Curvature of the loss in the weights of linears, F ~ G kron A for each, from gradients on a text (K-FAC).
 
 With a what a linear reads at a token (1 appended where it has a bias) and g the gradient there, by what it writes, of
-the cross-entropy of all next tokens of the token's window (empirical Fisher), and means over all tokens of all windows:
+the cross-entropy of all next tokens of the token's window (empirical Fisher), and sums over all tokens of all windows:
 
-    independent (K-FAC)   G = mean g g^T                A = mean a a^T
-    nearest               G <- mean (a^T A a) g g^T     A <- mean (g^T G g) a a^T     (those on the right of norm 1)
+    independent (K-FAC)   G = sum g g^T                A = sum a a^T
+    nearest               G <- sum (a^T A a) g g^T     A <- sum (g^T G g) a a^T     (those on the right of norm 1)
 
-The second is the power iteration for the product nearest to mean (g g^T) kron (a a^T), from A = I; every step is one
-pass over the text. Only the product matters: costs and updates of `methods.kronecker_surgery` are the same for cG and
-A/c, as damping is a share of each mean diagonal; so the factors are not rescaled to equal norms.
+The second is the power iteration for the product nearest to sum (g g^T) kron (a a^T), from A = I; every step is one
+pass over the text. The product is the Fisher matrix but for a factor (N^2 for the first, N for the second, of N
+tokens), and factors do not matter: choices and updates of `methods.kronecker_surgery` are the same for all multiples of
+G and A, as damping is a share of each mean diagonal. So they are not rescaled to equal norms either.
 
 One window goes through the model at a time. Sums are of the model's dtype, R^2 + C^2 numbers per linear.
 """

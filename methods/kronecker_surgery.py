@@ -74,7 +74,8 @@ class Surgery:
         return self._rows[1] or self._columns[1]
 
     def costs(self) -> tuple[Tensor, Tensor]:
-        """Of every row [R] and column [C]: by how much the loss grows when it alone goes and the others make up.
+        """Of every row [R] and column [C]: by how much the loss grows (in the unit of the factors) when it
+        alone goes and the others make up.
 
         Raises:
             UserError: one is not finite.

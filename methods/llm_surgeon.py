@@ -15,7 +15,8 @@ Departs from the released code: sizes are those of what is stored and counted in
 zeros over weights, where what died this way counts from the next shot on), and the nearest to the shot's goal is taken;
 a bias is updated and goes with its row, but is no candidate as a column of its own; one row and one column of every
 projection stay; projections of any family; rows and columns without curvature cost nothing instead of going at once;
-the calibration is the run's. Absent: 2:4 and single weights, LoRA between shots, factors of rank two.
+the calibration is the run's; factors are summed on the device unless `factors=host`. Absent: 2:4 and single weights,
+LoRA between shots, factors of rank two.
 """
 
 from __future__ import annotations
@@ -103,10 +104,13 @@ class LLMSurgeon(Method):
             return model
         if model.device.type == "mps":
             raise UserError("llm-surgeon computes in fp64, which this device does not have. Use --device cpu.")
+        from methods.modeling.content import Dense  # needs torch, and listing methods must not
+
         shape = modeling.Decoder(model).shape
         goal = _prunable(shape) - (shape.block - self.predict(shape, budget).active_block)
         texts = real_texts(calibration, context.batch_size)
         identity = {"settings": asdict(self), "goal": goal, "calibration": calibration.sha256}
+        identity["model"] = Dense(model.state_dict()).identity
         with full_precision(model), only_gradients_of(model, []), torch.no_grad():
             patient = Patient(self, model, context.scratch / "llm-surgeon.safetensors", identity)
             patient.resume()

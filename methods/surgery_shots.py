@@ -48,8 +48,8 @@ class Patient:
         self.alive = [whole(layer) for layer in decoder.layers]
         """Per block."""
         self.history: list[dict[str, Any]] = []
-        """Of every finished shot: the loss before it, what it left, what the dearest part that went was to cost, and
-        how many projections took more damping than asked."""
+        """Of every finished shot: the loss before it, what it left, what the dearest part that went was to cost (in
+        the unit of the factors, see `methods.kfac`), and how many projections took more damping than asked."""
 
     def operate(self, passes: Sequence[Iterable[Tensor]], goal: int) -> None:
         """One shot.

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import methods
@@ -22,6 +23,7 @@ from methods.modeling import Decoder
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
 from methods.training import loop as loop_module
+from methods.training import recomputation
 from methods.training.straight_through import st_gumbel_sigmoid
 from tests.methods.test_delta import assert_same
 from tests.methods.test_slicegpt import LLAMA_2_7B as LLAMA_2_7B_CONFIG
@@ -273,9 +275,50 @@ def test_resumed_equals_uninterrupted_bit_for_bit(fields: dict[str, Any], tmp_pa
     assert all(tensor.equal(made.state_dict()[key]) for key, tensor in expected.state_dict().items())
 
 
-def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
-    kept, recomputed = run(tmp_path / "a"), run(tmp_path / "b", checkpointing=True)
+def test_recomputed_activations_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counting(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(arguments)
+        return checkpoint(*arguments, **keywords)
+
+    monkeypatch.setattr(recomputation, "checkpoint", counting)
+    kept, plain = run(tmp_path / "a"), len(calls)
+    recomputed = run(tmp_path / "b", checkpointing=True)
     assert logits(kept).equal(logits(recomputed))
+    assert plain == 0 and len(calls) % 4 == 0 and calls  # four blocks, every step
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tau": 0.7},
+        {"lam": 20.0},
+        {"learning_rate": 2e-3},
+        {"weight_decay": 0.5},
+        {"estimator": "st"},
+        {"estimator": "reinmax"},
+        {"steps": 3},
+    ],
+)
+def test_every_setting_has_an_effect(changed: dict[str, Any], tmp_path: Path) -> None:
+    """On what is learned; the masks of so short a training need not differ."""
+
+    def learned(folder: Path, **settings: Any) -> Tensor:
+        method = DispLLM(**{"steps": 4, **settings})
+        model, budget = tiny_model("llama-gqa", dtype=torch.float32), Budget(ratio=0.6, basis="block")
+        trainer = Trainer(method, model, tokenizer(), budget, SmallCalibration(), context(folder))
+        trainer.run()
+        with torch.no_grad():
+            return torch.cat([mask_M for block in trainer.network.logits() for mask_M in block])
+
+    assert learned(tmp_path / "a").equal(learned(tmp_path / "b"))
+    assert not learned(tmp_path / "c").equal(learned(tmp_path / "d", **changed))
+
+
+def test_a_setting_without_effect_is_refused() -> None:
+    with pytest.raises(UserError, match=r"disp-llm.tau=0.1 has no effect beside disp-llm.estimator=reinmax"):
+        methods.configure("disp-llm", {"estimator": "reinmax", "tau": "0.1"})
 
 
 def test_the_log_has_the_objective_and_the_widths(tmp_path: Path) -> None:

@@ -289,3 +289,16 @@ def test_unmeasurable_models_and_texts_are_refused(tmp_path: Path) -> None:
     modeling.Decoder(broken).layers[1].mlp_output.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="overflows"):
         compress(broken, 0.7, tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget, context = Budget(ratio=0.8, basis="block"), Context(scratch=tmp_path)
+    method = LLMSurgeon(shots=2)
+
+    def compress(seed: int) -> PreTrainedModel:
+        return method.compress(tiny_model("llama-gqa", seed=seed), None, budget, RandomCalibration(), context)  # type: ignore[arg-type]
+
+    first = compress(0)
+    assert logits(compress(0)).equal(logits(first))
+    with pytest.raises(UserError, match=r"is of another model\. Remove it"):
+        compress(1)
