@@ -49,6 +49,10 @@ def _mean(
 
 
 def _told(results: Sequence[Result]) -> Iterator[str]:
+    """Each note once, with the rows it is about."""
+    rows: dict[str, dict[str, None]] = {}
     for result in results:
-        for note in dict.fromkeys(note for record in result.records for note in record.notes):
-            yield f"{result.title}: {note}."
+        for note in (note for record in result.records for note in record.notes):
+            rows.setdefault(note, {})[result.title] = None
+    for note, titles in rows.items():
+        yield f"{note[:1].upper()}{note[1:]}: {'; '.join(titles)}."

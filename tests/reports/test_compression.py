@@ -24,8 +24,8 @@ def test_means_over_seeds_and_notes_once(tmp_path: Path) -> None:
     assert [cell.value for cell in found.rows[0][-3:]] == [6.1, 567.0, None]
     told = [note for note in found.notes if "modegpt at 60 %" in note]
     assert told == [
-        "tiny-llama modegpt at 60 %: a damping grew.",
-        "tiny-llama modegpt at 60 %: scores were taken over.",
+        "A damping grew: tiny-llama modegpt at 60 %.",
+        "Scores were taken over: tiny-llama modegpt at 60 %.",
     ]
 
 

@@ -19,7 +19,8 @@ TEXT = "wikileads/token_ppl@512"
 
 @cache
 def records() -> list[dict[str, Any]]:
-    return [record for record in store.records(RESULTS) if record["cell"]["model"] in MODELS]
+    plain = (record for record in store.records(RESULTS) if not record["cell"].get("recover"))
+    return [record for record in plain if record["cell"]["model"] in MODELS]
 
 
 def find(model: str, method: str, ratio: float, seed: int = 0, **settings: Any) -> dict[str, Any]:
