@@ -102,7 +102,7 @@ def load_model(location: str | Path, job: Job, whole: bool = False) -> PreTraine
         raise UserError(
             f"{job.title} needs all of {job.cell.model} on {job.device}: some {need / 1e9:.0f} GB with room to "
             f"compute, and {free / 1e9:.0f} GB are free. Use --device cpu, a larger device, or a method that works "
-            "block by block (shortgpt, sleb, slicegpt, modegpt, magnitude, wanda, sparsegpt)."
+            "block by block (shortgpt, sleb, slicegpt, modegpt, magnitude, wanda, sparsegpt, moefication, cmoe)."
         )
     else:
         modeling.keep_blocks_on_host(model, torch.device(job.device))

@@ -22,7 +22,8 @@ from benchmarks.record import device
 from benchmarks.selfcheck import interleaved
 from methods.modeling.decoder import DecoderLayer
 from methods.modeling.families import FAMILIES
-from methods.modeling.structures.moe_mlp import MoEMLP, convert_mlp
+from methods.modeling.structures.moe_convert import convert_mlp
+from methods.modeling.structures.moe_mlp import MoEMLP
 from methods.modeling.structures.moe_stores import STORES
 
 EXPERTS = 8

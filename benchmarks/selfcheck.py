@@ -3,6 +3,7 @@
     python -m benchmarks.selfcheck startup           # --list and --plan beside a bare interpreter
     python -m benchmarks.selfcheck methods           # compressing tiny-llama beside one pass over the calibration text
     python -m benchmarks.selfcheck experts           # an MLP of experts beside the dense one, by store and tokens
+    python -m benchmarks.selfcheck constructions     # the same, cut as each method that makes experts does it
     python -m benchmarks.selfcheck decode            # a token of a sparse model beside one of the dense model
     python -m benchmarks.selfcheck training          # a ToMoE training step beside a plain forward pass
     python -m benchmarks.selfcheck kill --times 20   # SIGKILL a running matrix at random moments, compare the records
@@ -113,6 +114,13 @@ def experts(repeats: int) -> None:
     moe_speed.report(repeats)
 
 
+def constructions(repeats: int) -> None:
+    """How long an MLP takes that a method has cut into experts."""
+    from benchmarks import construction_speed
+
+    construction_speed.report(repeats)
+
+
 def decode(tokens: int) -> None:
     """How long a token takes to decode, dense and sparse."""
     from benchmarks import decode_speed
@@ -195,6 +203,7 @@ CHECKS: dict[str, tuple[Callable[[int], None], int]] = {
     "startup": (startup, 7),
     "methods": (compress, 5),
     "experts": (experts, 5),
+    "constructions": (constructions, 5),
     "decode": (decode, 40),
     "training": (training, 5),
     "kill": (kill, 20),

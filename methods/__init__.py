@@ -10,12 +10,16 @@ import wrapt
 
 # One line per method: importing a method's module registers it.
 from methods import (
+    cmoe,
     dense,
     disp_llm,
+    llama_moe,
+    llama_moe_v2,
     llm_pruner,
     llm_surgeon,
     magnitude,
     modegpt,
+    moefication,
     pruner_zero,
     random_structures,
     shortgpt,
@@ -29,14 +33,18 @@ from methods import (
 from methods.registry import configure, get, names, register
 
 __all__ = [
+    "cmoe",
     "configure",
     "dense",
     "disp_llm",
     "get",
+    "llama_moe",
+    "llama_moe_v2",
     "llm_pruner",
     "llm_surgeon",
     "magnitude",
     "modegpt",
+    "moefication",
     "names",
     "pruner_zero",
     "random_structures",

@@ -12,9 +12,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from methods.base import Calibration, Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REUSED = "{} were taken over from another cell of the same run, whose compression time includes them"
 
@@ -61,6 +64,28 @@ def remembered(
             return json.loads(path.read_text(encoding="utf-8"))
         result = compute()
         write_whole(path, result)
+        return result
+
+
+def remembered_tensors(
+    context: Context, calibration: Calibration, name: str, compute: Callable[[], dict[str, Tensor]], **settings: Any
+) -> dict[str, Tensor]:
+    """The tensors that `compute` returns, contiguous and on the CPU, from whoever computed them first.
+
+    Args:
+        name, settings: as for `shared_folder`.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with shared_folder(context, calibration, name, **settings) as folder, alone(folder):
+        path, temporary = folder / "result.safetensors", folder / "result.tmp"
+        if path.exists():
+            context.note(REUSED.format(name))
+            return load_file(path)
+        result = compute()
+        if context.shared is not None:
+            save_file(result, temporary)
+            temporary.replace(path)
         return result
 
 

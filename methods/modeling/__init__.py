@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from methods.modeling.signals import real_tokens as real_tokens
     from methods.modeling.structures.gathered_linears import gather_linear as gather_linear
     from methods.modeling.structures.gathered_linears import gathered_record as gathered_record
+    from methods.modeling.structures.moe_convert import convert_mlp as convert_mlp
     from methods.modeling.structures.moe_inspect import describe_experts as describe_experts
+    from methods.modeling.structures.moe_inspect import expert_choices as expert_choices
     from methods.modeling.structures.moe_inspect import expert_ids as expert_ids
-    from methods.modeling.structures.moe_mlp import convert_mlp as convert_mlp
     from methods.modeling.structures.moe_mlp import expert_record as expert_record
     from methods.modeling.structures.moe_mlp import set_experts as set_experts
+    from methods.modeling.structures.moe_routers import AnalyticRouter as AnalyticRouter
+    from methods.modeling.structures.moe_routers import MLPRouter as MLPRouter
     from methods.modeling.structures.narrow_attention import attention_record as attention_record
     from methods.modeling.structures.narrow_attention import fold_value_bias as fold_value_bias
     from methods.modeling.structures.narrow_attention import narrow_heads as narrow_heads
@@ -60,10 +63,13 @@ _HOMES = {
     "gather_linear": "structures.gathered_linears",
     "gathered_record": "structures.gathered_linears",
     "describe_experts": "structures.moe_inspect",
+    "expert_choices": "structures.moe_inspect",
     "expert_ids": "structures.moe_inspect",
-    "convert_mlp": "structures.moe_mlp",
+    "convert_mlp": "structures.moe_convert",
     "expert_record": "structures.moe_mlp",
     "set_experts": "structures.moe_mlp",
+    "AnalyticRouter": "structures.moe_routers",
+    "MLPRouter": "structures.moe_routers",
     "attention_record": "structures.narrow_attention",
     "fold_value_bias": "structures.narrow_attention",
     "narrow_heads": "structures.narrow_attention",

@@ -1,12 +1,11 @@
 """Looking at a compressed model: how wide each block still is, what its experts share, and where tokens go."""
 
-# Shape suffixes: L blocks, B batch, T tokens, S tokens of all batches.
+# Shape suffixes: B batch, T tokens.
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.base import Batch
@@ -15,7 +14,7 @@ from methods.modeling.record import structures_of
 from methods.modeling.shape import DecoderShape
 from methods.modeling.structures import gathered_linears, moe_mlp, narrow_residual, removed_layers, rotated_residual
 from methods.modeling.structures.attention import ReshapedAttention
-from methods.modeling.structures.moe_inspect import describe_experts, expert_ids
+from methods.modeling.structures.moe_inspect import describe_experts, expert_choices
 from methods.modeling.structures.sparse_linears import sparse_parts
 from methods.modeling.structures.topk_values import TopKAttention
 
@@ -59,7 +58,7 @@ def _widths(layer: DecoderLayer, shape: DecoderShape, mixture: dict[str, Any] | 
         values = attention.kept if isinstance(attention, TopKAttention) else attention.vo_width
         sizes = (attention.heads, attention.kv_heads, attention.qk_width, values)
         kept = dict(zip(full, sizes, strict=True))
-    kept["mlp"] = mixture["width"] if mixture else layer.mlp_output.in_features
+    kept["mlp"] = mixture["used"] if mixture else layer.mlp_output.in_features
     full["mlp"] = shape.mlp_width
     return {name: {"kept": kept[name], "full": full[name]} for name in full}
 
@@ -80,17 +79,14 @@ def load_fractions(model: PreTrainedModel, batches: Iterable[Batch]) -> list[lis
     Args:
         batches: at least one; padding does not count.
     """
-    ids_LS = torch.cat([_met(model, batch) for batch in batches], 1)
-    pairs = zip(moe_mlp.mixtures(model), ids_LS, strict=True)
-    return [None if moe is None else _shares(ids_S, len(moe.index)) for moe, ids_S in pairs]
-
-
-def _met(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The experts that the real tokens of a batch meet, [L, S]."""
-    mask_BT = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask
-    input_ids, mask_BT = batch.input_ids.to(model.device), mask_BT.to(model.device)
-    return expert_ids(model, input_ids, mask_BT)[:, mask_BT]
-
-
-def _shares(ids_S: Tensor, experts: int) -> list[float]:
-    return (ids_S.bincount(minlength=experts).double() / len(ids_S)).tolist()
+    found = moe_mlp.mixtures(model)
+    counts: list[Any] = [None if moe is None else 0 for moe in found]
+    tokens = 0
+    for batch in batches:
+        mask_BT = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask.bool()
+        input_ids, mask_BT = batch.input_ids.to(model.device), mask_BT.to(model.device)
+        tokens += int(mask_BT.sum())
+        for i, (moe, choice) in enumerate(zip(found, expert_choices(model, input_ids, mask_BT), strict=True)):
+            if moe is not None and choice is not None:
+                counts[i] += choice[mask_BT].flatten().bincount(minlength=moe.layout.experts).double()
+    return [None if count is None else (count / tokens).tolist() for count in counts]

@@ -7,14 +7,14 @@ One batch is on the device at a time, the others wait in the host's memory: 4 by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods.base import Calibration
+from methods.base import Batch, Calibration
 from methods.modeling.decoder import Decoder, layer_calls
 
 
@@ -33,8 +33,14 @@ class Signals:
     @classmethod
     def of(cls, decoder: Decoder, calibration: Calibration, batch_size: int) -> Signals:
         """What enters the first block."""
-        signals = cls([], [], [batch.mask for batch in calibration.batches(batch_size)], decoder.model.device)
-        for x_BTD, keywords in layer_calls(decoder, calibration.batches(batch_size)):
+        return cls.at_entrance(decoder, calibration.batches(batch_size))
+
+    @classmethod
+    def at_entrance(cls, decoder: Decoder, batches: Iterable[Batch]) -> Signals:
+        """What enters the first block, for some batches."""
+        batches = list(batches)
+        signals = cls([], [], [batch.mask for batch in batches], decoder.model.device)
+        for x_BTD, keywords in layer_calls(decoder, batches):
             signals.batches.append(x_BTD.cpu())
             signals.keywords.append(keywords)
         return signals

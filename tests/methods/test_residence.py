@@ -47,7 +47,8 @@ class Away:
 
 
 def test_streaming_methods_are_those_that_need_no_gradient() -> None:
-    assert set(STREAMING) == {"shortgpt", "sleb", "slicegpt", "modegpt", "magnitude", "wanda", "sparsegpt"}
+    blockwise = {"shortgpt", "sleb", "slicegpt", "modegpt", "magnitude", "wanda", "sparsegpt"}
+    assert set(STREAMING) == blockwise | {"moefication", "g-moefication", "cmoe"}
 
 
 @pytest.mark.parametrize("name", STREAMING)

@@ -24,6 +24,9 @@ SHARING: dict[str, dict[str, str]] = {
     "llm-pruner in steps": {"tokens": "12", "iterative_steps": "2", "protect_first": "0", "protect_last": "0"},
     "llm-pruner channel": {"tokens": "12", "mode": "channel"},
     "modegpt": {},
+    "moefication": {"experts": "E6", "epochs": "2"},
+    "g-moefication": {"epochs": "2"},
+    "llama-moe": {"split": "gradient"},
     "pruner-zero": {"pattern": "unstructured"},
 }
 RATIOS = (0.8, 0.6)

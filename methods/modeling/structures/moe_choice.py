@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from methods.modeling.structures.moe_gates import Choice
 from methods.modeling.structures.moe_stores import Pseudo
 
 PAYS = 32
@@ -23,24 +24,27 @@ def fixed(store: Pseudo, x_TD: Tensor) -> str:
     """The rule.
 
     With m = `PAYS`, T tokens take about n (T + m) through n neurons: `masked` U (T + m), all of them for every token,
-    `sorted` w (T + N m), each of N experts for some, with 2 m where it copies. U m is small beside U T and left out.
+    `sorted` w (k T + N m) + S (T + m), each of N experts for some and S shared neurons for all, with 2 m where it
+    copies. (U - S) m is small beside (U - S) T and left out.
     """
     if len(x_TD) == 1 and "single" in store.ways:
         return "single"
     if "grouped" in store.ways and x_TD.is_cuda:
         return "grouped"
-    (experts, width), union = store.index_Nw.shape, len(store.union.down_wD)
-    pays = len(x_TD) * (union - width) >= PAYS * store.fetches * experts * width
+    (experts, width), parts = store.parts.index_Nw.shape, store.parts
+    left_out = len(store.union.down_wD) - parts.always - parts.active * width
+    pays = len(x_TD) * left_out >= PAYS * store.fetches * experts * width
     return "sorted" if "sorted" in store.ways and pays else "masked"
 
 
-def measured(store: Pseudo, experts_T: Tensor, x_TD: Tensor) -> str:
+def measured(store: Pseudo, choice: Choice, x_TD: Tensor) -> str:
     """The fastest way for such an input, found on the first of its kind."""
-    sizes = (type(store), *store.index_Nw.shape, *store.union.down_wD.shape)
+    parts = store.parts
+    sizes = (type(store), *parts.index_Nw.shape, *store.union.down_wD.shape, parts.active, parts.always)
     key = (*sizes, len(x_TD).bit_length(), x_TD.dtype, x_TD.device)
     if key not in _fastest:
         able = {name: way for name, way in store.ways.items() if name != "single" or len(x_TD) == 1}
-        _fastest[key] = min(able, key=lambda name: _seconds(lambda: able[name](experts_T, x_TD), x_TD.device))
+        _fastest[key] = min(able, key=lambda name: _seconds(lambda: able[name](choice, x_TD), x_TD.device))
     return _fastest[key]
 
 

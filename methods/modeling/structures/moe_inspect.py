@@ -1,6 +1,7 @@
 """Looking at the mixtures of a model: who goes where, and how alike the experts are."""
 
-# Shape suffixes: B batch, T tokens, L blocks, N experts, w neurons of an expert, U neurons of all experts.
+# Shape suffixes: B batch, T tokens, L blocks, k experts of a token, N experts, w neurons of the largest
+# expert, U neurons in use.
 
 from collections.abc import Callable
 from typing import Any
@@ -13,48 +14,66 @@ from methods.modeling.structures.moe_mlp import MoEMLP, mixtures
 
 
 @torch.no_grad()
-def expert_ids(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Which expert each token meets in each block, int64 [L, B, T]; -1 where the MLP is dense.
+def expert_choices(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> list[Tensor | None]:
+    """Which experts each token meets in each block, best first, int64 [B, T, k]; None where the MLP is dense.
 
     Args:
         input_ids: int64 [B, T].
-        attention_mask: True where a token is real, [B, T]; padding gets an expert as well.
+        attention_mask: True where a token is real, [B, T]; padding gets experts as well.
     """
     found = mixtures(model)
-    ids_LBT = input_ids.new_full((len(found), *input_ids.shape), -1)
+    choices: list[Tensor | None] = [None] * len(found)
 
-    def keep(ids_BT: Tensor) -> Callable[..., None]:
+    def keep(i: int, moe: MoEMLP) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple, logits: Tensor) -> None:
-            ids_BT.copy_(logits.argmax(-1).view_as(ids_BT))
+            choices[i] = moe.choose(logits).experts_Tk.view(*input_ids.shape, -1)
 
         return seen
 
-    handles = [moe.router.register_forward_hook(keep(ids_LBT[i])) for i, moe in enumerate(found) if moe is not None]
+    handles = [moe.router.register_forward_hook(keep(i, moe)) for i, moe in enumerate(found) if moe is not None]
     try:
         model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return ids_LBT
+    return choices
+
+
+def expert_ids(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The first choice of each token in each block, int64 [L, B, T]; -1 where the MLP is dense.
+
+    Args:
+        input_ids, attention_mask: as for `expert_choices`.
+    """
+    dense_BT = torch.full_like(input_ids, -1)
+    choices = expert_choices(model, input_ids, attention_mask)
+    return torch.stack([dense_BT if choice is None else choice[..., 0] for choice in choices])
 
 
 def describe_experts(model: PreTrainedModel) -> list[dict[str, Any] | None]:
     """Of each block, sizes of its experts and how much they overlap; None where the MLP is dense.
 
     Returns:
-        `experts` N, `width` w, `union` U, and `cosine` and `jaccard`, similarities of the experts' 0/1 masks, [N, N].
+        `experts` N, `width` w (of the largest), `union` U, `active` experts and `shared` neurons of a token, `used`
+        neurons of a token in all, and `cosine` and `jaccard`, similarities of the experts' 0/1 masks, [N, N].
     """
     return [None if moe is None else _description(moe) for moe in mixtures(model)]
 
 
 def _description(moe: MoEMLP) -> dict[str, Any]:
-    experts, width = moe.index.shape
-    mask_NU = torch.zeros(experts, len(moe.neurons)).scatter_(1, moe.index.long().cpu(), 1.0)
-    shared_NN = mask_NU @ mask_NU.T
+    layout = moe.layout
+    mask_NU = torch.stack([torch.zeros(layout.neurons).index_fill(0, own.long().cpu(), 1.0) for own in moe.sets])
+    both_NN = mask_NU @ mask_NU.T
+    sizes_N = both_NN.diagonal()
     return {
-        "experts": experts,
-        "width": width,
-        "union": len(moe.neurons),
-        "cosine": (shared_NN / width).tolist(),
-        "jaccard": (shared_NN / (2 * width - shared_NN)).tolist(),
+        "experts": layout.experts,
+        "width": layout.width,
+        "union": layout.neurons,
+        "active": layout.active,
+        "shared": layout.shared,
+        "used": layout.used,
+        "cosine": (both_NN / (sizes_N[:, None] * sizes_N).sqrt()).tolist(),
+        "jaccard": (both_NN / (sizes_N[:, None] + sizes_N - both_NN)).tolist(),
     }

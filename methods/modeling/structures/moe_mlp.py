@@ -1,32 +1,43 @@
-"""Structure: an MLP of overlapping experts, one per token (ToMoE, https://arxiv.org/abs/2501.15316).
+"""Structure: an MLP of experts, of which every token gets some.
 
     i(t) = argmax(R x_t), ties to the lowest index         no capacity limit, no token dropped
     y_t  = [act(x_t Wg[:, J]) * (x_t Wu[:, J])] Wd[J, :]   J = neurons of expert i(t); a plain MLP has no gate
 
-Every expert is a set of neurons of the dense MLP, all of one width w, and sets may overlap. The checkpoint holds each
-neuron of their union once (the family's own projections, cut to it), plus the table of who uses what. How a loaded
-model multiplies is a setting (`set_experts`), which changes the result by no more than rounding.
+is ToMoE's (https://arxiv.org/abs/2501.15316): one expert per token, all of one width, sets of neurons that may overlap.
+In general a token gets k experts that a router (`moe_routers`) and a gate (`moe_gates`) choose and weigh, a shared part
+S beside them, and constants c_j in place of the experts it does not get:
 
-While training, y_t is multiplied by G[t, i(t)], whose value is 1 and whose gradient is that of softmax(R x_t): so the
-router goes on learning.
+    y_t  = MLP of S (x_t) + sum over chosen j of g_j (MLP of expert j) (x_t) + sum over the others of c_j + bias
+
+The checkpoint holds each neuron that is in use once (the family's own projections, cut to them), plus the table of who
+uses what. Where every neuron of the MLP has one owner, they lie owner by owner (the shared part first), so that each
+expert is a run of rows; otherwise in the order of the dense MLP. How a loaded model multiplies is a setting
+(`set_experts`), which changes the result by no more than rounding.
+
+While training, y_t of ToMoE's kind is multiplied by G[t, i(t)], whose value is 1 and whose gradient is that of
+softmax(R x_t): so the router goes on learning.
 """
 
-# Shape suffixes: B batch, T tokens, D hidden size, N experts, w neurons of an expert, U neurons of all experts.
+# Shape suffixes: B batch, T tokens, D hidden size, N experts, w neurons of the largest expert, S shared neurons,
+# U neurons in use.
 
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from methods.errors import UserError, unknown
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.modeling.record import add_structure, structures_of
 from methods.modeling.structures import moe_choice
+from methods.modeling.structures.moe_gates import Choice, make_gate
+from methods.modeling.structures.moe_gates import unit_gate as unit_gate
+from methods.modeling.structures.moe_layout import Layout
 from methods.modeling.structures.moe_neurons import Neurons, times
-from methods.modeling.structures.moe_stores import STORES, Pseudo
+from methods.modeling.structures.moe_routers import make_router
+from methods.modeling.structures.moe_stores import STORES, Parts, Pseudo
 from methods.modeling.structures.narrow_mlp import narrow_mlp
 from methods.modeling.structures.row_products import lay_out
 
@@ -37,28 +48,51 @@ class MoEMLP(nn.Module):
     """The MLP of one converted block: router, projections of the union, and the experts as positions in the union."""
 
     neurons: Tensor
-    """Numbers that the union's neurons had in the dense MLP, int32 [U], ascending."""
+    """Numbers that the union's neurons had in the dense MLP, int32 [U]."""
     index: Tensor
-    """Each expert's neurons as positions in the union, int32 [N, w], ascending."""
+    """Each expert's neurons as positions in the union, int32 [N, w], ascending; then -1 where it has fewer than w."""
+    shared: Tensor | None
+    """Positions of the neurons that every token gets, int32 [S], ascending; None: there are none."""
+    constants: Tensor | None
+    """What stands in for each expert, [N, D]; None: nothing does."""
     store: str = "shared"
     path: str = "fixed"
     _made: tuple[list[tuple[Tensor, int]], Pseudo] | None = None
     """What the store was made of (tensors and their versions), and the store."""
 
-    def __init__(self, layer: DecoderLayer, experts: int, width: int) -> None:
+    def __init__(self, layer: DecoderLayer, layout: Layout) -> None:
         """Around the projections of a layer, which have the union's size already; router and tables undefined."""
         super().__init__()
-        family, weight, union = layer.family, layer.mlp_output.weight, layer.mlp_output.in_features
+        family, weight = layer.family, layer.mlp_output.weight
+        self.layout = layout
         self.input_names = [_leaf(name) for name in (family.gate, family.up) if name]
         self.output_name, self.activation_name = _leaf(family.down), _leaf(family.activation)
         for name, linear in zip(self.input_names, layer.mlp_inputs, strict=True):
             self.add_module(name, linear)
         self.add_module(self.output_name, layer.mlp_output)
         self.add_module(self.activation_name, layer.mlp_activation)
-        hidden = layer.mlp_inputs[0].in_features
-        self.router = nn.Linear(hidden, experts, bias=False, device=weight.device, dtype=weight.dtype)
-        self.register_buffer("neurons", torch.zeros(union, dtype=torch.int32, device=weight.device))
-        self.register_buffer("index", torch.zeros(experts, width, dtype=torch.int32, device=weight.device))
+        self.router = make_router(layout, [linear.weight for linear in layer.mlp_inputs], layer.mlp_activation)
+        self.gate = make_gate(layout, weight)
+
+        def table(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=weight.device)
+
+        self.register_buffer("neurons", table(layout.neurons))
+        self.register_buffer("index", table(layout.experts, layout.width))
+        self.register_buffer("shared", table(layout.shared) if layout.shared else None)
+        constants = nn.Parameter(weight.new_zeros(layout.experts, len(weight))) if layout.constants else None
+        self.register_parameter("constants", constants)
+
+    @property
+    def sole(self) -> bool:
+        """Whether one expert, with weight 1, is all that a token gets."""
+        layout = self.layout
+        return layout.active == 1 and layout.gate == "equal" and not layout.shared and not layout.constants
+
+    @property
+    def sets(self) -> list[Tensor]:
+        """Each expert's neurons as positions in the union, int32."""
+        return [row[row >= 0] for row in self.index]
 
     def _linears(self) -> list[nn.Linear]:
         return [cast(nn.Linear, self._modules[name]) for name in (*self.input_names, self.output_name)]
@@ -74,42 +108,57 @@ class MoEMLP(nn.Module):
             activation=self.get_submodule(self.activation_name),
         )
 
+    def _parts(self) -> Parts:
+        return Parts(
+            union=self.union,
+            index_Nw=self.index.long(),
+            active=self.layout.active,
+            shared=None if self.shared is None else self.shared.long(),
+            constants_ND=self.constants,
+            sole=self.sole,
+        )
+
+    def choose(self, logits_TN: Tensor) -> Choice:
+        """The experts of every token, from what its router says."""
+        return self.gate(logits_TN, self.layout.active)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normed input to the MLP's output, both [..., D]."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TN = self.router(x_TD)
-        experts_T = logits_TN.argmax(-1)
-        y_TD = self._multiply(experts_T, x_TD)
-        if self.training:
-            y_TD = y_TD * unit_gate(logits_TN, experts_T)
+        choice = self.choose(self.router(x_TD))
+        if self.sole and choice.weights_Tk is not None:  # the weight of all there is
+            y_TD = self._multiply(Choice(choice.experts_Tk, None), x_TD) * choice.weights_Tk
+        else:
+            y_TD = self._multiply(choice, x_TD)
         return y_TD.view(*hidden_states.shape[:-1], -1)
 
-    def _multiply(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
+    def _multiply(self, choice: Choice, x_TD: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not all(isinstance(linear, nn.Linear) for linear in self._linears()):
-            return self._called(experts_T, x_TD)  # copies would keep their gradient to themselves, or miss an adapter
+            return self._called(choice, x_TD)  # copies would keep their gradient to themselves, or miss an adapter
         store = self._ready()
         if self.path == "fixed":
-            return store.ways[moe_choice.fixed(store, x_TD)](experts_T, x_TD)
+            return store.ways[moe_choice.fixed(store, x_TD)](choice, x_TD)
         if self.path == "measured":
-            return store.ways[moe_choice.measured(store, experts_T, x_TD)](experts_T, x_TD)
-        return store.ways[self.path](experts_T, x_TD)
+            return store.ways[moe_choice.measured(store, choice, x_TD)](choice, x_TD)
+        return store.ways[self.path](choice, x_TD)
 
-    def _called(self, experts_T: Tensor, x_TD: Tensor) -> Tensor:
+    def _called(self, choice: Choice, x_TD: Tensor) -> Tensor:
         """As `Pseudo.masked`, by calling the projections."""
         *inputs, output = self._linears()
-        pseudo = Pseudo(self.union, self.index)
-        hidden_TU = pseudo.union.combine([linear(x_TD) for linear in inputs])
-        return output(times(hidden_TU, embedding(experts_T, pseudo.mask_NU)))
+        parts = self._parts()
+        hidden_TU = parts.union.combine([linear(x_TD) for linear in inputs])
+        return parts.finish(choice, output(times(hidden_TU, parts.factors(choice, parts.mask_NU()))))
 
     def _ready(self) -> Pseudo:
         """The store, made anew where a tensor behind it has been replaced or written to."""
         linears = self._linears()
-        tensors = [self.index, *(t for linear in linears for t in (linear.weight, linear.bias) if t is not None)]
+        weights = (tensor for linear in linears for tensor in (linear.weight, linear.bias))
+        tensors = [t for t in (self.index, self.shared, self.constants, *weights) if t is not None]
         sources = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         if self._made is None or not _same(sources, self._made[0]):
             with torch.inference_mode(False), torch.no_grad():
                 lay_out(linears[-1])  # each neuron of down is a row to read
-                self._made = sources, STORES[self.store](self.union, self.index)
+                self._made = sources, STORES[self.store](self._parts())
         return self._made[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoEMLP":
@@ -120,21 +169,19 @@ class MoEMLP(nn.Module):
         return {**self.__dict__, "_made": None}
 
     def idle_parameters(self) -> int:
-        """Parameters that one token's pass does not use: those of the neurons outside its expert."""
-        union = self.union
+        """Parameters that one token's pass does not use.
+
+        They are those of neurons outside its experts, and the constants but for their sum and those of its experts.
+        """
+        union, layout = self.union, self.layout
+        hidden = union.down_wD.shape[1]
         inputs = sum(weight.shape[1] + (bias is not None) for weight, bias in union.inputs)
-        return (len(self.neurons) - self.index.shape[1]) * (inputs + union.down_wD.shape[1])
+        constants = max(layout.experts - layout.active - 1, 0) * layout.constants
+        return (layout.neurons - layout.used) * (inputs + hidden) + constants * hidden
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        experts, width = self.index.shape
-        return f"experts={experts}, width={width}, neurons={len(self.neurons)}"
-
-
-def unit_gate(logits_TN: Tensor, experts_T: Tensor) -> Tensor:
-    """G [T, 1]: exactly 1, with the gradient of the chosen expert's probability."""
-    chosen = logits_TN.softmax(-1).gather(1, experts_T[:, None])
-    return 1 + (chosen - chosen.detach())
+        return ", ".join(f"{name}={value}" for name, value in self.layout.record().items())
 
 
 def _same(now: list[tuple[Tensor, int]], then: list[tuple[Tensor, int]]) -> bool:
@@ -145,34 +192,9 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def convert_mlp(layer: DecoderLayer, router: Tensor, experts: Tensor) -> MoEMLP:
-    """Make a block's MLP a mixture of experts, in place.
-
-    Args:
-        layer: the block, its MLP dense.
-        router: R, [N, D]; takes the model's dtype.
-        experts: the numbers of each expert's neurons in this MLP, any order, int64 [N, w].
-
-    Raises:
-        ValueError: an expert is empty, names a neuron twice, or one that does not exist.
-    """
-    width = layer.mlp_output.in_features
-    experts = experts.to(layer.mlp_output.weight.device).sort(1).values
-    if not experts.numel() or experts[:, 0].min() < 0 or experts[:, -1].max() >= width or (experts.diff() == 0).any():
-        raise ValueError(f"experts must be rows of at least one neuron each, distinct and below {width}, not {experts}")
-    neurons, index = experts.unique(return_inverse=True)
-    with torch.no_grad():
-        narrow_mlp(layer, neurons)
-        moe = _install(layer, *experts.shape)
-        moe.router.weight.copy_(router)
-        moe.neurons.copy_(neurons)
-        moe.index.copy_(index)
-    return moe
-
-
-def _install(layer: DecoderLayer, experts: int, width: int) -> MoEMLP:
-    """Put a mixture where a block's MLP is, around the same projections."""
-    moe, family = MoEMLP(layer, experts, width), layer.family
+def install(layer: DecoderLayer, layout: Layout) -> MoEMLP:
+    """Put a mixture, its values undefined, where a block's MLP is, around the same projections."""
+    moe, family = MoEMLP(layer, layout).train(layer.module.training), layer.family
     if family.mlp:
         layer.module.set_submodule(family.mlp, moe)
     else:  # the block calls up, activation and down one after the other: the first of them does it all
@@ -190,8 +212,9 @@ def apply(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """
     for layer, shape in zip(Decoder(model).layers, record["layers"], strict=True):
         if shape is not None:
-            narrow_mlp(layer, torch.arange(shape["neurons"]))
-            moe = _install(layer, shape["experts"], shape["width"])
+            layout = Layout.of(shape)
+            narrow_mlp(layer, torch.arange(layout.neurons))
+            moe = install(layer, layout)
             moe.store, moe.path = record["store"], record["path"]
 
 
@@ -201,17 +224,10 @@ def mixtures(model: PreTrainedModel) -> list[MoEMLP | None]:
 
 
 def expert_record(model: PreTrainedModel) -> dict[str, Any]:
-    """The record of a model whose blocks `convert_mlp` has changed."""
-
-    def shape(moe: MoEMLP) -> dict[str, int]:
-        experts, width = moe.index.shape
-        return {"experts": experts, "width": width, "neurons": len(moe.neurons)}
-
-    layers, settings = [], {}
-    for moe in mixtures(model):
-        layers.append(None if moe is None else shape(moe))
-        settings = settings if moe is None else {"store": moe.store, "path": moe.path}
-    return {"layers": layers, **settings}
+    """The record of a model whose blocks `moe_convert` has changed."""
+    found = mixtures(model)
+    settings = next(({"store": moe.store, "path": moe.path} for moe in found if moe is not None), {})
+    return {"layers": [None if moe is None else moe.layout.record() for moe in found], **settings}
 
 
 def set_experts(model: PreTrainedModel, store: str = "shared", path: str = "fixed") -> None:

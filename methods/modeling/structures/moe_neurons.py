@@ -78,3 +78,21 @@ class Neurons:
             (embedding(positions, weight), None if bias is None else bias[positions]) for weight, bias in self.inputs
         )
         return replace(self, inputs=inputs, down_wD=embedding(positions, self.down_wD))
+
+    def part(self, start: int, stop: int) -> "Neurons":
+        """Those at consecutive positions, in place."""
+        rows = slice(start, stop)
+        inputs = tuple((weight[rows], None if bias is None else bias[rows]) for weight, bias in self.inputs)
+        return replace(self, inputs=inputs, down_wD=self.down_wD[rows])
+
+    def some(self, positions: Tensor) -> "Neurons":
+        """Those at some ascending positions: in place where these are consecutive, else copies."""
+        run = run_of(positions)
+        return self.take(positions) if run is None else self.part(*run)
+
+
+def run_of(positions: Tensor) -> tuple[int, int] | None:
+    """Start and stop of ascending positions that are consecutive (at least one); None of others."""
+    if not len(positions) or int(positions[-1] - positions[0]) != len(positions) - 1:
+        return None
+    return int(positions[0]), int(positions[-1]) + 1

@@ -4,7 +4,7 @@
 
 from torch import Tensor
 
-from methods.modeling.structures.moe_neurons import Neurons
+from methods.modeling.structures.moe_neurons import Neurons, times
 from methods.modeling.structures.row_products import row_dots, row_pattern, row_sum
 
 
@@ -16,10 +16,14 @@ class Reader:
         self.biases = [None if bias is None else bias[positions_w] for _, bias in union.inputs]
         self.pattern_U1 = row_pattern(positions_w, union.down_wD)
 
-    def __call__(self, x_1D: Tensor) -> Tensor:
-        """Their share of the MLP's output, [1, D]. Not differentiable."""
+    def __call__(self, x_1D: Tensor, factors_w: Tensor | None = None) -> Tensor:
+        """Their share of the MLP's output, [1, D]; of each one times a factor where factors are given.
+
+        Not differentiable.
+        """
         union = self.union
         hidden_w = union.combine([self._products(i, x_1D) for i in range(len(union.inputs))])
+        hidden_w = hidden_w if factors_w is None else times(hidden_w, factors_w)
         y_1D = row_sum(self.positions_w, union.down_wD, hidden_w)
         return y_1D if union.bias_D is None else y_1D + union.bias_D
 
