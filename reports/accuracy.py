@@ -72,12 +72,12 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
     if not measured:
         return None
     tasks = [Measured(str(name), measured) for name in names]
-    rows = tuple(_row(result, tasks) for result in measured)
+    rows = tuple((*identity(result), *task_cells(result, tasks)) for result in measured)
     return Table(
         name=file_name,
         title=title,
         caption=f"{CAPTION}{plus_minus(measured)}.",
-        columns=_columns(names),
+        columns=(*IDENTITY, *task_columns(names)),
         rows=rows,
         notes=(
             *legend(rows),
@@ -88,9 +88,10 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
     )
 
 
-def _columns(names: Sequence[MetricName]) -> tuple[Column, ...]:
+def task_columns(names: Sequence[MetricName]) -> tuple[Column, ...]:
+    """A column per task, and one for the average of several."""
     average = [Column("Average")] if len(names) > 1 else []
-    return *IDENTITY, *(Column(_label(name), name.source) for name in names), *average
+    return *(Column(_label(name), name.source) for name in names), *average
 
 
 def _label(name: MetricName) -> str:
@@ -98,12 +99,9 @@ def _label(name: MetricName) -> str:
     return name.quantity if shots == "0" else f"{name.quantity}, {shots} shots"
 
 
-def _row(result: Result, tasks: Sequence[Measured]) -> tuple[Cell, ...]:
+def task_cells(result: Result, tasks: Sequence[Measured]) -> tuple[Cell, ...]:
+    """What `task_columns` heads, in per cent."""
     found = {mark for task in tasks for mark in task.marks(result)}
     marks = "".join(mark for mark in LEGEND if mark in found)
     average = pooled_cell(result.average([task.name for task in tasks]), 100, marks)
-    return (
-        *identity(result),
-        *(task.cell(result, 100) for task in tasks),
-        *([average] if len(tasks) > 1 else []),
-    )
+    return *(task.cell(result, 100) for task in tasks), *([average] if len(tasks) > 1 else [])

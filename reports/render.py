@@ -10,6 +10,7 @@ from reports.accuracy import few_shot_table, zero_shot_table
 from reports.comparison import plus_minus
 from reports.compression import compression_table
 from reports.cost import size_table, speed_table
+from reports.families import constructions_table, semi_structured_table
 from reports.formats import FORMATS, MARKDOWN, markdown
 from reports.perplexity import perplexity_table
 from reports.records import Record, ReportError
@@ -17,8 +18,27 @@ from reports.results import FINE_TUNED, pool
 from reports.summary import cautions, facts
 from reports.tables import UNLIKE, Cell, Column, Table, percent
 
-BUILDERS = (perplexity_table, zero_shot_table, few_shot_table, size_table, compression_table, speed_table)
-TABLES = ("perplexity", "zero-shot", "few-shot", "size", "compression", "speed", "unfinished")
+BUILDERS = (
+    perplexity_table,
+    semi_structured_table,
+    constructions_table,
+    zero_shot_table,
+    few_shot_table,
+    size_table,
+    compression_table,
+    speed_table,
+)
+TABLES = (
+    "perplexity",
+    "semi-structured",
+    "constructions",
+    "zero-shot",
+    "few-shot",
+    "size",
+    "compression",
+    "speed",
+    "unfinished",
+)
 """The name of every table there can be."""
 
 

@@ -126,7 +126,7 @@ def _result(
     achieved = [_achieved(record, blocks) for record in group]
     return Result(
         model=model,
-        method=_title(method, settings, variants[model, method]),
+        method=_title(method, settings, variants[model, method], _tokens(group)),
         ratio=ratio,
         achieved=None if None in achieved else statistics.fmean(share for share in achieved if share is not None),
         dense=method == "dense",
@@ -145,11 +145,18 @@ def _achieved(record: Record, blocks: Mapping[str, int]) -> float | None:
     return record.size["active_block"] / dense if dense else None
 
 
-def _title(method: str, settings: Settings, names: set[str]) -> str:
-    """A method's name, with the settings of some names, those of the fine-tuning behind it."""
+def _title(method: str, settings: Settings, names: set[str], tokens: Sequence[str]) -> str:
+    """A method's name, with the settings of some names; behind it the fine-tuning, with its tokens and settings."""
     before, after = split_settings(settings)
-    parts = [(method, brief(before, names))] + ([(FINE_TUNED, brief(after, names))] if after else [])
-    return "".join(f"{name} ({told_apart_by})" if told_apart_by else name for name, told_apart_by in parts)
+    parts = [(method, [brief(before, names)]), *([(FINE_TUNED, [*tokens, brief(after, names)])] if after else [])]
+    told_apart_by = (", ".join(filter(None, texts)) for _, texts in parts)
+    return "".join(f"{name} ({text})" if text else name for (name, _), text in zip(parts, told_apart_by, strict=True))
+
+
+def _tokens(records: Iterable[Record]) -> list[str]:
+    """What records were fine-tuned on."""
+    spent = {(record.provenance.get("recovery") or {}).get("tokens") for record in records}
+    return [f"{tokens:,} tokens" for tokens in sorted(filter(None, spent))]
 
 
 def _variants(groups: Mapping[tuple[Any, ...], list[Record]]) -> dict[tuple[str, str], set[str]]:

@@ -1,4 +1,4 @@
-"""Training the adapters of a compressed model on next-token loss; see `methods.recovery.settings`."""
+"""Training the adapters of a compressed model, and gates, on next-token loss; see `methods.recovery.settings`."""
 
 # Shape suffixes: B sequences, T tokens, D hidden size.
 
@@ -13,7 +13,7 @@ from methods.errors import UserError
 from methods.modeling.content import Dense
 from methods.modeling.decoder import Decoder
 from methods.modeling.structures.choice_noise import without_noise
-from methods.recovery import adapters
+from methods.recovery import adapters, gates
 from methods.recovery.settings import Recovery
 from methods.training.data import Blocks
 from methods.training.loop import Group, Loop, LoopSettings
@@ -32,7 +32,8 @@ def recover(
     """Fine-tune a compressed model, in place; resumes from `context.scratch`. Choices by chance are made without.
 
     Returns:
-        What was spent: `tokens` trained on, `parameters` of the adapters, steps `skipped` for a loss that is no number.
+        What was spent: `tokens` trained on, `parameters` of adapters and gates, steps `skipped` for a loss that is no
+            number.
 
     Raises:
         UserError: the text is shorter than a block, the checkpoint to resume from belongs to another run, or the loss
@@ -43,13 +44,15 @@ def recover(
     blocks = Blocks(calibration.rows(), tokenizer, context.training.window, context.seed)
     identity = {"settings": settings.record(), "model": Dense(model.state_dict()).identity}
     with seeded(context.seed, context.device):
-        trained = adapters.attach(model, settings)
-    loop = _loop(settings, model, trained, blocks, context, identity)
+        adapted = adapters.attach(model, settings)
+    gated = gates.trained_gates(model)
+    loop = _loop(settings, model, adapted, gated, blocks, context, identity)
     with ExitStack() as stack:
         stack.enter_context(without_noise(model))
         if settings.checkpointing:
             stack.enter_context(recomputed(Decoder(model).layers))
         loop.run()
+    gates.balance(model)
     model.eval()
     if loop.state.skipped:
         context.note(f"{loop.state.skipped} of {loop.settings.steps} steps of fine-tuning had a loss that is no number")
@@ -57,7 +60,7 @@ def recover(
         adapters.merge(model)
     return {
         "tokens": loop.settings.steps * loop.settings.sequences * context.training.window * loop.process.num_processes,
-        "parameters": sum(parameter.numel() for parameter in trained.values()),
+        "parameters": sum(parameter.numel() for parameter in (*adapted.values(), *gated.values())),
         "skipped": loop.state.skipped,
     }
 
@@ -65,7 +68,8 @@ def recover(
 def _loop(
     settings: Recovery,
     model: PreTrainedModel,
-    trained: dict[str, torch.nn.Parameter],
+    adapted: dict[str, torch.nn.Parameter],
+    gated: dict[str, torch.nn.Parameter],
     blocks: Blocks,
     context: Context,
     identity: dict[str, object],
@@ -75,6 +79,7 @@ def _loop(
     rate = settings.highest_rate(model.config.hidden_size)
 
     def loss(step: int, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        gates.balance(model)  # by the step before; within a step blocks may run twice
         ids_BT, targets_T = batch[:, :-1], batch[:, 1:].flatten()
         hidden_TD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
         valid_T = blocks.predictable(targets_T)
@@ -92,6 +97,14 @@ def _loop(
         clip=settings.clip,
     )
     identity = identity | {"budget": [steps, plan.sequences, context.training.window, context.seed]}
+    groups = [Group(adapted), *([Group(gated, gates.RATE / rate)] if gated else [])]
     return Loop(
-        plan, [Group(trained)], loss, lambda step: rate * settings.share(step, steps), blocks, context, identity
+        plan,
+        groups,
+        loss,
+        lambda step: rate * settings.share(step, steps),
+        blocks,
+        context,
+        identity,
+        constants=gates.balances(model),
     )

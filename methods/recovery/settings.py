@@ -6,7 +6,8 @@ Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) on every projection o
 
 next-token loss on the text that the run calibrates on, for as many tokens as `--budget` grants to methods that train.
 Everything else is frozen: embeddings, head, norms, biases, shortcut matrices, and whatever chooses (routers, value
-selectors). Afterwards W + (alpha / rank) B A takes the place of W, so that the size stays what it was.
+selectors) but for gates that weigh what they choose (`methods.recovery.gates`). Afterwards W + (alpha / rank) B A takes
+the place of W, so that the size stays what it was.
 
 Published recipes (from the README and the script of either repository), and where the defaults come from:
 

@@ -40,18 +40,19 @@ def results(tmp_path: Path) -> list[Result]:
 def test_they_come_right_below_their_plain_rows(results: list[Result]) -> None:
     assert [(result.ratio, result.method) for result in results] == [
         (1.0, "dense"),
-        (0.8, "shortgpt + fine-tuning"),
+        (0.8, "shortgpt + fine-tuning (307,200 tokens)"),
         (0.8, "slicegpt"),
-        (0.8, "slicegpt + fine-tuning"),
+        (0.8, "slicegpt + fine-tuning (307,200 tokens)"),
         (0.6, "shortgpt"),
-        (0.6, "shortgpt + fine-tuning"),
+        (0.6, "shortgpt + fine-tuning (307,200 tokens)"),
         (0.6, "slicegpt"),
-        (0.6, "slicegpt + fine-tuning"),
+        (0.6, "slicegpt + fine-tuning (307,200 tokens)"),
     ]
     table = perplexity_table(results)
     assert table
     methods = [row[1].value for row in table.rows]
-    assert methods == ["dense", "shortgpt", "shortgpt + fine-tuning", "slicegpt", "slicegpt + fine-tuning"]
+    tuned_on = "+ fine-tuning (307,200 tokens)"
+    assert methods == ["dense", "shortgpt", f"shortgpt {tuned_on}", "slicegpt", f"slicegpt {tuned_on}"]
 
 
 def test_they_are_not_pooled_with_plain_rows(results: list[Result]) -> None:
@@ -63,7 +64,7 @@ def test_seeds_of_one_recipe_are_pooled(tmp_path: Path) -> None:
     found = [tuned("slicegpt", 0.8, seed) for seed in (0, 1)] + [plain("slicegpt", 0.8, seed) for seed in (0, 1)]
     one, other = pool(read_all(factory.write(tmp_path, found)))
     assert (one.method, len(one.records)) == ("slicegpt", 2)
-    assert (other.method, len(other.records)) == ("slicegpt + fine-tuning", 2)
+    assert (other.method, len(other.records)) == ("slicegpt + fine-tuning (307,200 tokens)", 2)
 
 
 def test_settings_are_named_where_they_belong(tmp_path: Path) -> None:
@@ -72,8 +73,8 @@ def test_settings_are_named_where_they_belong(tmp_path: Path) -> None:
     found += [tuned("slicegpt", 0.8, recipe=RECIPE | {"rank": 32})]
     assert [result.method for result in pool(read_all(factory.write(tmp_path, found)))] == [
         "slicegpt (angular=False)",
-        "slicegpt (angular=False) + fine-tuning (rank=32)",
-        "slicegpt (angular=False) + fine-tuning (rank=8)",
+        "slicegpt (angular=False) + fine-tuning (307,200 tokens, rank=32)",
+        "slicegpt (angular=False) + fine-tuning (307,200 tokens, rank=8)",
         "slicegpt (angular=True)",
     ]
 
@@ -83,7 +84,8 @@ def test_being_fine_tuned_is_no_unequal_setting(results: list[Result], tmp_path:
     assert "not run with equal settings" not in report and "Not of one size" not in report
     other = [tuned("shortgpt", 0.8), tuned("slicegpt", 0.8, recipe=RECIPE | {"rank": 32})]
     report = files(read_all(factory.write(tmp_path / "other", other)))["report.md"]
-    assert "not run with equal settings: shortgpt + fine-tuning: rank=8; slicegpt + fine-tuning: rank=32" in report
+    tuned_on = "+ fine-tuning (307,200 tokens)"
+    assert f"not run with equal settings: shortgpt {tuned_on}: rank=8; slicegpt {tuned_on}: rank=32" in report
 
 
 def test_the_report_says_what_was_done(results: list[Result]) -> None:

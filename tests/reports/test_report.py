@@ -91,8 +91,8 @@ def test_tables_of_an_earlier_report_are_removed_and_nothing_else(tmp_path: Path
 
 def test_every_table_is_known_by_name(tmp_path: Path) -> None:
     metrics = factory.record()["metrics"] | {"arc_easy/acc@5shot": {"value": 0.5, "stderr": None, "n": 9}}
-    records = [factory.record(metrics=metrics), factory.record(method="slicegpt", ratio=0.6)]
-    records += [factory.failed("tiny-llama", "shortgpt", 0.6, "boom")]
+    records = [factory.record(metrics=metrics), factory.record(method="wanda", ratio=0.6)]
+    records += [factory.record(method="cmoe", ratio=0.6), factory.failed("tiny-llama", "shortgpt", 0.6, "boom")]
     found = files(read_all(factory.write(tmp_path, records)))
     assert {name for name in found if name != "report.md"} == {f"{table}.{x}" for table in TABLES for x in FORMATS}
 

@@ -7,8 +7,8 @@ With r_j the router's number for expert j, p = softmax(r) over all experts, and 
     scaled    J = top-k of p + b     1 + p_j u_j; b moves the choice and never the weight (CMoE)
 
 Ties go to the lower number. In training, the weight of an `equal` gate has the gradient of p_j, so that its router goes
-on learning; and b takes a step of `STEP` after each pass, down for experts that got more tokens than the mean, up for
-those that got fewer.
+on learning. With `balance` after each pass, b takes a step of `STEP`, down for experts that got more tokens than the
+mean, up for those that got fewer. (Not within the pass: with activation checkpointing blocks run twice.)
 """
 
 # Shape suffixes: T tokens, N experts, k experts of a token.
@@ -80,25 +80,28 @@ class ScaledGate(nn.Module):
     kind: GateKind = "scaled"
     bias: Tensor
     """b, [N]."""
+    loads: Tensor
+    """Tokens that each expert got in the last pass in training, [N]."""
 
     def __init__(self, experts: int, like: Tensor) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(experts, device=like.device, dtype=like.dtype))
         self.register_buffer("bias", torch.zeros(experts, device=like.device, dtype=like.dtype))
+        self.register_buffer("loads", torch.zeros(experts, device=like.device), persistent=False)
 
     def forward(self, logits_TN: Tensor, count: int) -> Choice:
         """Choose `count` experts."""
         share_TN = logits_TN.softmax(-1, dtype=torch.promote_types(logits_TN.dtype, torch.float32))
         experts_Tk = best(share_TN + self.bias, count)
         if self.training:
-            self._balance(experts_Tk)
+            self.loads.copy_(experts_Tk.flatten().bincount(minlength=len(self.loads)))
         weights_Tk = 1 + share_TN.gather(1, experts_Tk) * self.scale[experts_Tk]
         return Choice(experts_Tk, weights_Tk.to(logits_TN.dtype))
 
     @torch.no_grad()
-    def _balance(self, experts_Tk: Tensor) -> None:
-        loads_N = experts_Tk.flatten().bincount(minlength=len(self.bias)).float()
-        self.bias.add_(STEP * (loads_N.mean() - loads_N).sign().to(self.bias.dtype))
+    def balance(self) -> None:
+        """Move b against the loads of the last pass."""
+        self.bias.add_(STEP * (self.loads.mean() - self.loads).sign().to(self.bias.dtype))
 
 
 def make_gate(layout: Layout, like: Tensor) -> nn.Module:

@@ -1,0 +1,50 @@
+"""The tables that set a family of methods against ToMoE: which rows, which shares, and none without the family."""
+
+from pathlib import Path
+from typing import Any
+
+from reports.families import constructions_table, semi_structured_table
+from reports.records import read_all
+from reports.results import Result, pool
+from tests.reports import factory
+
+
+def results(tmp_path: Path, *found: dict[str, Any]) -> list[Result]:
+    return pool(read_all(factory.write(tmp_path, [factory.record(), *found])))
+
+
+def test_rows_of_the_family_at_its_own_ratios(tmp_path: Path) -> None:
+    methods = [("wanda", 0.6), ("tomoe", 0.6), ("tomoe", 0.8), ("cmoe", 0.8), ("shortgpt", 0.6), ("llama-moe", 0.7)]
+    found = results(tmp_path, *(factory.record(method=method, ratio=ratio) for method, ratio in methods))
+    single, made = semi_structured_table(found), constructions_table(found)
+    assert single and made
+    assert [(row[3].value, row[1].value) for row in single.rows] == [("dense", 100), ("tomoe", 60), ("wanda", 60)]
+    assert [(row[3].value, row[1].value) for row in made.rows] == [
+        ("dense", 100),
+        ("cmoe", 80),
+        ("tomoe", 80),
+        ("llama-moe", 70),
+    ]
+
+
+def test_the_share_of_the_whole_model_is_counted(tmp_path: Path) -> None:
+    size = {**factory.record(method="wanda", ratio=0.6)["size"], "active_total": 1_436_160, "dense_params": 2_872_320}
+    table = semi_structured_table(results(tmp_path, factory.record(method="wanda", ratio=0.6, size=size)))
+    assert table and str(table.columns[4]) == "Of all, %"
+    assert [row[4].value for row in table.rows] == [100, 50]
+
+
+def test_texts_come_before_tasks_and_their_average(tmp_path: Path) -> None:
+    table = constructions_table(results(tmp_path, factory.record(method="cmoe", ratio=0.6)))
+    assert table
+    row = table.rows[1]
+    metrics = factory.record(method="cmoe", ratio=0.6)["metrics"]
+    texts = [entry["value"] for name, entry in metrics.items() if "token_ppl" in name]
+    assert texts and [cell.value for cell in row[5 : 5 + len(texts)]] == texts
+    tasks = [cell.value for cell in row[5 + len(texts) : -1]]
+    assert str(table.columns[-1]) == "Average" and row[-1].value == sum(tasks) / len(tasks)  # type: ignore[arg-type]
+
+
+def test_without_the_family_there_is_no_table(tmp_path: Path) -> None:
+    found = results(tmp_path, factory.record(method="tomoe", ratio=0.6))
+    assert semi_structured_table(found) is None and constructions_table(found) is None
