@@ -29,7 +29,7 @@ from methods import modeling
 from methods.base import Calibration, Context
 from methods.errors import UserError
 from methods.expert_plans import ExpertMethod, Structure
-from methods.experts import CHUNK, hidden, mlp_inputs
+from methods.experts import CHUNK, hidden, largest, mlp_inputs
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
@@ -101,8 +101,7 @@ class CMoE(ExpertMethod):
         found = []
         for x_TD in x_qD.split(CHUNK):
             h_TF = hidden(layer, x_TD) if self.profile == "plain" else self._normalised(layer, x_TD)
-            places = h_TF.float().abs().topk(min(self.top, h_TF.shape[1])).indices
-            found.append(torch.zeros_like(h_TF, dtype=torch.bool).scatter_(1, places, True).cpu())
+            found.append(largest(h_TF, self.top).cpu())
         return torch.cat(found)
 
     def _normalised(self, layer: DecoderLayer, x_TD: Tensor) -> Tensor:

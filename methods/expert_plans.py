@@ -6,9 +6,9 @@ routing adds to one of them, a token uses at most
 
     dense - B (F - n) c + B r,      n neurons of the S + A largest parts,
 
-where the grid is one part in every block. The published number of parts is the default, or less where a part would
-have fewer than `LEAST_NEURONS`; where none of its sizes is within the tolerance (8 parts are coarse), it is doubled,
-and doubled again, as far as parts keep so many.
+where the grid is one part in every block; behind a router that reads gate and up of all neurons, c is down's share. The
+published number of parts is the default, or less where a part would have fewer than `LEAST_NEURONS`; where none of its
+sizes is within the tolerance (8 parts are coarse), it is doubled, and doubled again, as far as parts keep so many.
 """
 
 from __future__ import annotations
@@ -116,6 +116,10 @@ class ExpertMethod(Method):
     ) -> None:
         """Make the MLPs of some blocks mixtures, in place."""
 
+    def spared(self, shape: DecoderShape) -> int:
+        """Parameters of a neuron that a token does without where it is in none of its experts: all of them."""
+        return channel_size(shape)
+
     def divided(self, parts: int, experts: int) -> Structure:
         """The structure in which a token gets so many of the parts."""
         return Structure(0, parts, experts)
@@ -157,7 +161,7 @@ class ExpertMethod(Method):
 
     def _size(self, shape: DecoderShape, structure: Structure) -> tuple[int, int]:
         """Active parameters in all, and those of blocks."""
-        gone = (shape.mlp_width - structure.used_neurons(shape.mlp_width)) * channel_size(shape)
+        gone = (shape.mlp_width - structure.used_neurons(shape.mlp_width)) * self.spared(shape)
         change = len(self.blocks(shape)) * (self.added(shape, structure) - gone)
         return shape.total + change, shape.block + change
 
@@ -169,7 +173,7 @@ class ExpertMethod(Method):
             raise UserError(f"{self.name} leaves all {shape.layers} blocks of this model dense. Use a deeper model.")
         structure = self.structure(shape, budget)
         total, block = self._size(shape, structure)
-        part = structure.sizes(shape.mlp_width)[0] * channel_size(shape) * len(self.blocks(shape))
+        part = structure.sizes(shape.mlp_width)[0] * self.spared(shape) * len(self.blocks(shape))
         prediction = Prediction(active_total=total, active_block=block, grid_step=part / budget.dense(shape))
         budget.require(self.name, prediction, shape, [budget.achieved(total, block, shape)])
         return prediction

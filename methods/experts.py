@@ -2,7 +2,7 @@
 
 Neurons are numbered as in the dense MLP, and a split is a list of their numbers per part, int64. `sizes` are the
 neurons of each part, larger ones first; they add up to the neurons that are split, so that none is left over.
-Balanced clusters are found with k-means-constrained (minimum-cost flow), which the papers use too.
+Balanced clusters are found with k-means-constrained (minimum-cost flow), parts of graphs with METIS, as in the papers.
 """
 
 # Shape suffixes: B batch, T tokens, S tokens of the text, D hidden size, F MLP neurons, N experts or groups, n points.
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CHUNK = 4096
 """Tokens whose neurons are looked at together."""
+LARGEST = 10
+"""One of how many neurons is active at a token, where none is exactly zero."""
 
 
 # --- Splits ---
@@ -60,6 +62,29 @@ def cluster(points_nD: Tensor, count: int, least: int, most: int, seed: int, ite
 def balanced_parts(points_FD: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
     """Clusters of as equal a size as can be, of points that are to be normalised by the caller if at all."""
     return parts_of(cluster(points_FD, len(sizes), min(sizes), max(sizes), seed), len(sizes))
+
+
+def graph_parts(weights_FF: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
+    """Parts of a graph of neurons between which edges weigh little: METIS's, brought to the exact sizes.
+
+    Of a part that is too large, the neurons least tied to it go where there is room and they are tied to most.
+
+    Args:
+        weights_FF: of the edges, symmetric, whole numbers; 0: there is none. On the CPU.
+    """
+    from pymetis import CSRAdjacency, Options, part_graph
+    from scipy.sparse import csr_array
+
+    edges = csr_array(weights_FF.long().fill_diagonal_(0).numpy())
+    graph = CSRAdjacency(edges.indptr, edges.indices)  # pyright: ignore[reportArgumentType]
+    options = Options(seed=seed, ufactor=1)  # as even as METIS can
+    found = part_graph(len(sizes), graph, eweights=edges.data, options=options)
+    parts = parts_of(torch.tensor(found.vertex_part), len(sizes))
+    ties_NF = torch.stack([weights_FF[part].double().sum(0) for part in parts])
+    home = ties_NF.max() + 1
+    for ties_F, part in zip(ties_NF, parts, strict=True):
+        ties_F[part] += home
+    return greedy_parts(ties_NF, torch.arange(len(weights_FF)), sizes)
 
 
 def greedy_parts(scores_NF: Tensor, neurons: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -101,6 +126,34 @@ def input_rows(layer: DecoderLayer) -> Tensor:
     """What neurons read with, gate (if there is one) and up normalised and side by side, fp32 [F, D or 2 D]."""
     rows = [linear.weight.detach().float() for linear in layer.mlp_inputs]
     return torch.cat([torch.nn.functional.normalize(weight, dim=1) for weight in rows], 1)
+
+
+def largest(h_TF: Tensor, count: int) -> Tensor:
+    """Whether a neuron is among the `count` of its token with the largest |h|, bool [T, F]."""
+    places = h_TF.float().abs().topk(min(count, h_TF.shape[1])).indices
+    return torch.zeros_like(h_TF, dtype=torch.bool).scatter_(1, places, True)
+
+
+def coactivations(layer: DecoderLayer, x_SD: Tensor) -> Tensor:
+    """At how many tokens two neurons are active together, fp32 [F, F] on the CPU; each with itself: active at all.
+
+    Active is what is not zero behind ReLU, and behind others a `LARGEST`-th of a token's neurons, of largest |h|.
+    """
+    counts_FF, width = torch.zeros((), device=x_SD.device), layer.mlp_output.in_features
+    for x_TD in x_SD.split(CHUNK):
+        h_TF = hidden(layer, x_TD)
+        sparse = isinstance(layer.mlp_activation, torch.nn.ReLU)
+        active_TF = (h_TF != 0 if sparse else largest(h_TF, -(-width // LARGEST))).float()
+        counts_FF = counts_FF + active_TF.T @ active_TF
+    return counts_FF.cpu()
+
+
+def thinned(counts_FF: Tensor) -> Tensor:
+    """The counts without the lowest: 0 where they are below 0.99 times the first decile that is not 0 (none: all)."""
+    below_n = counts_FF.int().flatten().bincount().cumsum(0)
+    ranks = torch.arange(1, 10) * counts_FF.numel() / 10
+    threshold = next((decile for decile in torch.searchsorted(below_n, ranks.ceil().long()).tolist() if decile), 0)
+    return counts_FF.where(counts_FF >= 0.99 * threshold, 0)
 
 
 def mlp_inputs(

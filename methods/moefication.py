@@ -1,23 +1,34 @@
-"""MoEfication and G-MoEfication: experts of neurons with similar weights, and a small network that says which matter.
+"""MoEfication and G-MoEfication: experts of neurons that belong together, and a guess at which of them matter.
 
 Zhang et al., "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", https://arxiv.org/abs/2110.01786
 (code: thunlp/MoEfication at 5bcbbdb); "Breaking ReLU Barrier: Generalized MoEfication for Dense Pretrained Models",
 EMNLP 2024 (code: thnkinbtfly/G-MoEfication at 5c7af5d). With h_i what neuron i hands to down, S_j expert j's neurons:
 
-    experts   balanced k-means of the neurons' normalised input rows
-    router    B tanh(A x / |x|), from A = normalised centroids and B = 1, trained with binary cross-entropy against
-              t_j / max over the batch of t, where  t_j = sum over S_j of |h_i|              (MoEfication)
-                                                    t_j = sum over S_j of (h_i - mean h_i)^2 (G-MoEfication)
+    t         t_j = sum over S_j of |h_i| (MoEfication), or of (h_i - mean h_i)^2 (G-MoEfication)
+
+    split     parameters     balanced k-means of the neurons' normalised input rows
+              coactivation   neurons are tied by the number of tokens at which both are active; the weakest ties cut,
+                             METIS finds N parts, which are brought to their sizes
+    router    mlp            B tanh(A x / |x|), from A = normalised centroids and B = 1, trained with binary
+                             cross-entropy against t_j / max over the batch of t
+              similarity     cosine of x and the centroid: A x, for |x| does not change the order
+              ground-truth   t itself, an upper bound: it reads gate and up of all neurons, so that only down's share of
+                             an expert is ever saved
     output    y = sum over the k highest of Wdown[:, S_j] h[S_j]                             (MoEfication)
               and of the others Wdown[:, S_j] mean h[S_j], constants                         (G-MoEfication)
 
 Both papers know `W2 act(W1 x)` only, MoEfication with ReLU. Ours for gated MLPs: rows of gate and up, each normalised,
-side by side, of which the centroids' gate half starts the router; and |h_i| where the paper has relu(h_i), which is the
-same for ReLU.
+side by side, of which the centroids' gate half is compared with x; and |h_i| where the paper has relu(h_i), which is
+the same for ReLU. Ours for other activations, where nothing is exactly zero: active are the tenth of a token's neurons
+with the largest |h_i|, the part of t's mass that experts are to hold together, as CMoE profiles SwiGLU.
 
 Departs from the code: parts differ by a neuron where their number does not divide F; k-means starts once; the epoch
 that is kept is the best of all (code: the second best), by the share of t that a fifth of the experts has, those that
-the router ranks highest for held-out tokens; the text is the run's.
+the router ranks highest for held-out tokens; similarity is the paper's cosine (code: the distance of x / |x| from the
+mean of the normalised rows, whose length then matters); the text is the run's. Of the co-activation graph: ties weigh
+their counts (code: of products h_i h_j, capped within batches, in whole multiples of the threshold); the threshold is
+0.99 times the first decile of all pairs that is not zero, and there is none where nine are (code: the maximum); of
+parts that METIS made too large, the neurons least tied to them go where there is room (code: by lot).
 """
 
 # Shape suffixes: S tokens of the text, D hidden size, F MLP neurons, N experts, B tokens of a training step.
@@ -26,15 +37,24 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from methods import modeling
 from methods.base import Calibration, Context
 from methods.errors import UserError
 from methods.expert_plans import ExpertMethod, Structure, router_size
-from methods.experts import CHUNK, balanced_parts, hidden, input_rows, mlp_inputs
+from methods.experts import (
+    CHUNK,
+    balanced_parts,
+    coactivations,
+    graph_parts,
+    hidden,
+    input_rows,
+    mlp_inputs,
+    thinned,
+)
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
@@ -46,14 +66,26 @@ if TYPE_CHECKING:
     from methods.modeling import Decoder, DecoderLayer, MLPRouter
 
 
+TRAINING = ("epochs", "learning_rate", "batch")
+"""Settings that only a router with something to learn has."""
+UNTRAINED = tuple(({"router": router}, TRAINING) for router in ("similarity", "ground-truth"))
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainedRouters(ExpertMethod):
-    """What both have in common."""
+class RankedExperts(ExpertMethod):
+    """What both have in common: how neurons are grouped, and how a token's groups are found."""
 
     streams: ClassVar[bool] = True
+    idle = UNTRAINED
+    power: ClassVar[int]
+    """Of the distance from the stand-in that t sums up."""
 
+    split: Literal["parameters", "coactivation"] = "parameters"
+    """Whether neurons of an expert have similar weights, or are active at the same tokens."""
+    router: Literal["mlp", "similarity", "ground-truth"] = "mlp"
+    """What ranks experts: a trained network, the cosine with their centroids, or what they really amount to."""
     tokens: int = 16384
-    """Of the calibration text, at most, on which routers are trained."""
+    """Of the calibration text, at most, at which neurons are looked at."""
     epochs: int = 30
     """Passes over nine tenths of them; the others choose the epoch."""
     learning_rate: float = 0.01
@@ -70,6 +102,19 @@ class TrainedRouters(ExpertMethod):
                 "and 0.01."
             )
 
+    def added(self, shape: DecoderShape, structure: Structure) -> int:
+        """The router."""
+        return 0 if self.router == "ground-truth" else router_size(shape, structure, mlp=self.router == "mlp")
+
+    def spared(self, shape: DecoderShape) -> int:
+        """Of a neuron that the ground truth is read off, its share of down."""
+        return shape.hidden if self.router == "ground-truth" else super().spared(shape)
+
+    @property
+    def reads(self) -> bool:
+        """Whether it looks at text."""
+        return self.router == "mlp" or self.split == "coactivation"
+
     def convert(
         self, decoder: Decoder, structure: Structure, blocks: range, calibration: Calibration, context: Context
     ) -> None:
@@ -82,13 +127,22 @@ class TrainedRouters(ExpertMethod):
             lambda: self.measure(decoder, structure, calibration, context),
             **settings,
         )
-        hidden_size, sizes = decoder.shape.hidden, structure.sizes(decoder.shape.mlp_width)
+        sizes = structure.sizes(decoder.shape.mlp_width)
         for index, layer in enumerate(decoder.layers):
-            neurons, inner, outer = (found[f"{index}.{name}"] for name in ("neurons", "inner", "outer"))
-            router = modeling.MLPRouter(hidden_size, len(sizes), cosine=True)
-            router.load_state_dict({"inner.weight": inner, "outer.weight": outer})
-            experts, constants_ND = neurons.split(sizes), found.get(f"{index}.constants")
+            block = {key.partition(".")[2]: tensor for key, tensor in found.items() if key.startswith(f"{index}.")}
+            experts, constants_ND = block.pop("neurons").split(sizes), block.pop("constants", None)
+            router = self._router(block)
             modeling.convert_mlp(layer, router, experts, active=structure.active, constants=constants_ND)
+
+    def _router(self, block: dict[str, Tensor]) -> Tensor | nn.Module:
+        """Of what `rank` has found for a block."""
+        if self.router == "similarity":
+            return block["centroids"]
+        if self.router == "ground-truth":
+            return modeling.OracleRouter(block.get("centre"))
+        router = modeling.MLPRouter(block["inner.weight"].shape[1], len(block["inner.weight"]), cosine=True)
+        router.load_state_dict(block)
+        return router
 
     def measure(
         self, decoder: Decoder, structure: Structure, calibration: Calibration, context: Context
@@ -96,21 +150,56 @@ class TrainedRouters(ExpertMethod):
         """Of every block its experts, router and constants, on what the dense model's MLPs read."""
         generator, found = torch.Generator().manual_seed(context.seed), {}
         sizes = structure.sizes(decoder.shape.mlp_width)
-        for index, (layer, x_SD) in enumerate(mlp_inputs(decoder, calibration, context, self.tokens)):
+        for index, (layer, x_SD) in enumerate(self._inputs(decoder, calibration, context)):
             with torch.no_grad():
-                rows_FD = input_rows(layer)
-                experts = balanced_parts(rows_FD, sizes, context.seed)
-                targets_SN, constants_ND = self.targets(layer, x_SD, experts)
-                router = first_router(rows_FD, experts, x_SD.shape[1])
-            router = self.trained(router, x_SD.float(), targets_SN, generator)
-            block = {"neurons": torch.cat(experts), "inner": router.inner.weight, "outer": router.outer.weight}
-            block |= {} if constants_ND is None else {"constants": constants_ND}
+                experts = self.parts(layer, x_SD, sizes, context.seed)
+                block = {"neurons": torch.cat(experts), **self.rank(layer, x_SD, experts, generator)}
             found |= {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in block.items()}
         return found
 
+    def _inputs(
+        self, decoder: Decoder, calibration: Calibration, context: Context
+    ) -> Iterator[tuple[DecoderLayer, Tensor]]:
+        """Blocks with what their MLPs read, [S, D], nothing where nobody asks."""
+        if self.reads:
+            yield from mlp_inputs(decoder, calibration, context, self.tokens)
+        else:
+            for layer in context.progress.track(decoder.layers, "cutting experts", len(decoder.layers)):
+                yield layer, layer.mlp_output.weight.new_empty(0, decoder.shape.hidden)
+
+    def parts(self, layer: DecoderLayer, x_SD: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
+        """The neurons of every expert."""
+        if self.split == "coactivation":
+            return graph_parts(thinned(coactivations(layer, x_SD)), sizes, seed)
+        return balanced_parts(input_rows(layer), sizes, seed)
+
+    def rank(
+        self, layer: DecoderLayer, x_SD: Tensor, experts: Sequence[Tensor], generator: Generator
+    ) -> dict[str, Tensor]:
+        """The values of the router, and `constants` [N, D] that stand in for experts that are not chosen."""
+        centre_F = self.centre(layer, x_SD)
+        found = {} if centre_F is None else {"constants": stand_ins(layer, centre_F, experts)}
+        if self.router == "ground-truth":
+            return found if centre_F is None else {**found, "centre": centre_F}
+        centroids_ND = centroids(input_rows(layer), experts, x_SD.shape[1])
+        if self.router == "similarity":
+            return {**found, "centroids": centroids_ND}
+        targets_SN = self.targets(layer, x_SD, experts, centre_F)
+        router = self.trained(first_router(centroids_ND), x_SD.float(), targets_SN, generator)
+        return {**found, **router.state_dict()}
+
     @abstractmethod
-    def targets(self, layer: DecoderLayer, x_SD: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """t, [S, N], and what stands in for experts that are not chosen, [N, D]."""
+    def centre(self, layer: DecoderLayer, x_SD: Tensor) -> Tensor | None:
+        """What stands in for neurons of experts that are not chosen, fp32 [F]; None: zero."""
+
+    def targets(self, layer: DecoderLayer, x_SD: Tensor, experts: Sequence[Tensor], centre_F: Tensor | None) -> Tensor:
+        """t, fp32 [S, N]."""
+        found = []
+        for x_TD in x_SD.split(CHUNK):
+            h_TF = hidden(layer, x_TD).float()
+            size_TF = (h_TF if centre_F is None else h_TF - centre_F).abs().pow(self.power)
+            found.append(torch.stack([size_TF[:, part].sum(1) for part in experts], 1))
+        return torch.cat(found)
 
     def trained(self, router: MLPRouter, x_SD: Tensor, targets_SN: Tensor, generator: Generator) -> MLPRouter:
         """The router at its best epoch."""
@@ -138,8 +227,15 @@ class TrainedRouters(ExpertMethod):
 
 @register("moefication", title="MoEfication", reference="https://arxiv.org/abs/2110.01786", family="moe")
 @dataclass(frozen=True, kw_only=True)
-class MoEfication(TrainedRouters):
+class MoEfication(RankedExperts):
     """Neurons outside a token's experts count as zero."""
+
+    idle = (
+        *UNTRAINED,
+        ({"router": "similarity", "split": "parameters"}, ("tokens",)),
+        ({"router": "ground-truth", "split": "parameters"}, ("tokens",)),
+    )
+    power: ClassVar[int] = 1
 
     expert_neurons: int = 32
     """Of an expert, where `experts` does not say how many there are."""
@@ -153,21 +249,19 @@ class MoEfication(TrainedRouters):
         """As many as give experts of that size."""
         return max(1, round(shape.mlp_width / self.expert_neurons))
 
-    def added(self, shape: DecoderShape, structure: Structure) -> int:
-        """The router."""
-        return router_size(shape, structure, mlp=True)
-
-    def targets(self, layer: DecoderLayer, x_SD: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Sums of |h|."""
-        return sums(layer, x_SD, experts, 0.0, 1), None
+    def centre(self, layer: DecoderLayer, x_SD: Tensor) -> Tensor | None:
+        """Zero."""
+        return None
 
 
 @register(
     "g-moefication", title="G-MoEfication", reference="https://github.com/thnkinbtfly/G-MoEfication", family="moe"
 )
 @dataclass(frozen=True, kw_only=True)
-class GMoEfication(TrainedRouters):
+class GMoEfication(RankedExperts):
     """Neurons outside a token's experts count as their mean."""
+
+    power: ClassVar[int] = 2
 
     def default_experts(self, shape: DecoderShape) -> int:
         """As in the paper."""
@@ -176,35 +270,41 @@ class GMoEfication(TrainedRouters):
     def added(self, shape: DecoderShape, structure: Structure) -> int:
         """The router, the sum of all constants, and those of the chosen experts."""
         constants = min(structure.routed, structure.active + 1) * shape.hidden
-        return router_size(shape, structure, mlp=True) + constants
+        return super().added(shape, structure) + constants
 
-    def targets(self, layer: DecoderLayer, x_SD: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Sums of squared differences from the mean, and what the means amount to."""
-        total_F = torch.stack([hidden(layer, x).double().sum(0) for x in x_SD.split(CHUNK)]).sum(0)
-        mean_F = (total_F / len(x_SD)).float()
-        down_FD = layer.mlp_output.weight.T.float()
-        constants_ND = torch.stack([mean_F[part] @ down_FD[part] for part in experts])
-        return sums(layer, x_SD, experts, mean_F, 2), constants_ND
+    @property
+    def reads(self) -> bool:
+        """For the means, always."""
+        return True
 
-
-def sums(layer: DecoderLayer, x_SD: Tensor, experts: Sequence[Tensor], centre: Tensor | float, power: int) -> Tensor:
-    """For each token and expert, the sum over its neurons of |h - centre|^power, fp32 [S, N]."""
-    found = []
-    for x_TD in x_SD.split(CHUNK):
-        distance_TF = (hidden(layer, x_TD).float() - centre).abs().pow(power)
-        found.append(torch.stack([distance_TF[:, part].sum(1) for part in experts], 1))
-    return torch.cat(found)
+    def centre(self, layer: DecoderLayer, x_SD: Tensor) -> Tensor | None:
+        """The mean of h."""
+        total_F = torch.stack([hidden(layer, x_TD).double().sum(0) for x_TD in x_SD.split(CHUNK)]).sum(0)
+        return (total_F / len(x_SD)).float()
 
 
-def first_router(rows_FD: Tensor, experts: Sequence[Tensor], hidden_size: int) -> MLPRouter:
-    """The router that says the tanh of each centroid's cosine with the token.
+def stand_ins(layer: DecoderLayer, centre_F: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """What down makes of the stand-ins of each expert's neurons, fp32 [N, D]."""
+    down_FD = layer.mlp_output.weight.T.float()
+    return torch.stack([centre_F[part] @ down_FD[part] for part in experts])
+
+
+def centroids(rows_FD: Tensor, experts: Sequence[Tensor], hidden_size: int) -> Tensor:
+    """The directions in which experts' input rows point, unit rows [N, D].
 
     Args:
-        rows_FD: what was clustered, of which the first `hidden_size` columns are compared with tokens.
+        rows_FD: normalised ones, of which the first `hidden_size` columns are compared with tokens.
     """
-    centroids_ND = torch.stack([rows_FD[part, :hidden_size].mean(0) for part in experts])
-    router = modeling.MLPRouter(hidden_size, len(experts), cosine=True, device=rows_FD.device)
-    router.inner.weight.copy_(torch.nn.functional.normalize(centroids_ND, dim=1))
+    means_ND = torch.stack([rows_FD[part, :hidden_size].mean(0) for part in experts])
+    return torch.nn.functional.normalize(means_ND, dim=1)
+
+
+def first_router(centroids_ND: Tensor) -> MLPRouter:
+    """The router that says the tanh of each centroid's cosine with the token."""
+    count, hidden_size = centroids_ND.shape
+    router = modeling.MLPRouter(hidden_size, count, cosine=True, device=centroids_ND.device)
+    with torch.no_grad():
+        router.inner.weight.copy_(centroids_ND)
     torch.nn.init.eye_(router.outer.weight)
     return router
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from methods.modeling.structures.moe_mlp import set_experts as set_experts
     from methods.modeling.structures.moe_routers import AnalyticRouter as AnalyticRouter
     from methods.modeling.structures.moe_routers import MLPRouter as MLPRouter
+    from methods.modeling.structures.moe_routers import OracleRouter as OracleRouter
     from methods.modeling.structures.narrow_attention import attention_record as attention_record
     from methods.modeling.structures.narrow_attention import fold_value_bias as fold_value_bias
     from methods.modeling.structures.narrow_attention import narrow_heads as narrow_heads
@@ -70,6 +71,7 @@ _HOMES = {
     "set_experts": "structures.moe_mlp",
     "AnalyticRouter": "structures.moe_routers",
     "MLPRouter": "structures.moe_routers",
+    "OracleRouter": "structures.moe_routers",
     "attention_record": "structures.narrow_attention",
     "fold_value_bias": "structures.narrow_attention",
     "narrow_heads": "structures.narrow_attention",

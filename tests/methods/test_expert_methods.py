@@ -26,7 +26,12 @@ from tests.methods.tiny import (
 
 CASES: dict[str, dict[str, str]] = {
     "moefication": {"epochs": "3"},
+    "moefication similarity": {"router": "similarity"},
+    "moefication coactivation": {"split": "coactivation", "epochs": "3"},
+    "moefication ground-truth": {"router": "ground-truth", "split": "coactivation"},
     "g-moefication": {"epochs": "3"},
+    "g-moefication similarity": {"router": "similarity", "split": "coactivation"},
+    "g-moefication ground-truth": {"router": "ground-truth"},
     "llama-moe": {},
     "llama-moe clustering": {"split": "clustering", "router": "linear"},
     "llama-moe gradient": {"split": "gradient"},
@@ -161,10 +166,11 @@ def test_half_precision_works(case: str, tmp_path: Path) -> None:
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16} and logits(small).isfinite().all()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("llama-moe", "llama-moe clustering")])
+WITHOUT_TEXT = ("llama-moe", "llama-moe clustering", "llama-moe-v2 vanilla", "moefication similarity")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT_TEXT])
 def test_an_empty_text_is_refused(case: str, tmp_path: Path) -> None:
-    if case == "llama-moe-v2 vanilla":
-        return
     method = methods.configure(case.split()[0], CASES[case])
     with pytest.raises(UserError, match="calibration text is empty"):
         method.compress(
@@ -174,6 +180,14 @@ def test_an_empty_text_is_refused(case: str, tmp_path: Path) -> None:
             RandomCalibration(samples=0),
             Context(scratch=tmp_path),
         )
+
+
+@pytest.mark.parametrize("case", WITHOUT_TEXT)
+def test_where_nobody_looks_at_text_none_is_needed(case: str, tmp_path: Path) -> None:
+    method = methods.configure(case.split()[0], CASES[case])
+    budget, text = Budget(ratio=0.8, basis="block", tolerance=1), RandomCalibration(samples=0)
+    small = method.compress(tiny_model("opt"), None, budget, text, Context(scratch=tmp_path))  # type: ignore[arg-type]
+    assert logits(small).isfinite().all()
 
 
 def test_what_is_not_as_published_is_told(tmp_path: Path) -> None:

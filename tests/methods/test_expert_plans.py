@@ -109,6 +109,9 @@ def test_routing_of_llama_2_7b_in_numbers() -> None:
     assert expert_method("llama-moe-v2").added(shape, Structure(1, 1, 8)) == 7 * d
     assert expert_method("moefication").added(shape, Structure(0, 20, 96)) == 96 * d + 96 * 96
     assert expert_method("g-moefication").added(shape, Structure(0, 20, 96)) == 96 * d + 96 * 96 + 21 * d
+    assert expert_method("moefication", router="similarity").added(shape, Structure(0, 20, 96)) == 96 * d
+    assert expert_method("g-moefication", router="similarity").added(shape, Structure(0, 20, 96)) == 96 * d + 21 * d
+    assert expert_method("g-moefication", router="ground-truth").added(shape, Structure(0, 20, 96)) == 21 * d
     method, budget = expert_method("cmoe", experts="S3A3E8"), Budget(ratio=0.84)
     expected = shape.total - 32 * (3 * d * F // 4 - (2 * R * d + R))
     assert method.predict(shape, budget).active_total == expected
@@ -121,6 +124,26 @@ def test_small_models_get_fewer_experts(name: str, model: str) -> None:
     shape = dense_shape(model)
     structure = expert_method(name).structure(shape, Budget(ratio=0.8, basis="block"))
     assert min(structure.sizes(shape.mlp_width)) >= 8
+
+
+@pytest.mark.parametrize("name", ["moefication", "g-moefication"])
+def test_the_ground_truth_spares_a_share_of_down_only(name: str) -> None:
+    """Gate and up of all neurons are read: a third of what other routers spare, in steps a third as large."""
+    shape = llama()
+    oracle, other = expert_method(name, router="ground-truth"), expert_method(name, router="similarity")
+    structure = Structure(0, 10, 64)
+    spared, usual = (
+        shape.total + shape.layers * method.added(shape, structure) - method._size(shape, structure)[0]
+        for method in (oracle, other)
+    )
+    assert 3 * spared == usual == shape.layers * 3 * shape.hidden * 54 * shape.mlp_width // 64
+    budget = Budget(ratio=0.8)
+    assert oracle.predict(shape, budget).active_total / shape.total == pytest.approx(0.8, abs=0.005)
+    two = [expert_method(name, router=router, experts="E8") for router in ("ground-truth", "similarity")]
+    steps = [method.predict(shape, Budget(ratio=0.8, tolerance=1)).grid_step for method in two]
+    assert 3 * steps[0] == pytest.approx(steps[1])
+    with pytest.raises(UserError, match=rf"0.5 is not reachable for {name}.*keep 0\.7\d+.*Use --ratios 0\.7"):
+        oracle.predict(shape, Budget(ratio=0.5))
 
 
 def test_impossible_ratios_are_refused_with_what_is_possible() -> None:
@@ -145,6 +168,13 @@ def test_impossible_ratios_are_refused_with_what_is_possible() -> None:
         ("moefication", {"expert_neurons": "0"}, "expert_neurons is 0"),
         ("g-moefication", {"batch": "0"}, "batch=0"),
         ("moefication", {"learning_rate": "nan"}, "learning_rate=nan"),
+        ("moefication", {"router": "oracle"}, "router"),
+        ("g-moefication", {"split": "random"}, "split"),
+        ("moefication", {"router": "similarity", "epochs": "3"}, "epochs=3 has no effect beside.*router=similarity"),
+        ("g-moefication", {"router": "ground-truth", "batch": "8"}, "batch=8 has no effect.*router=ground-truth"),
+        ("moefication", {"router": "ground-truth", "learning_rate": "1"}, "learning_rate=1.* has no effect"),
+        ("moefication", {"router": "similarity", "tokens": "9"}, "tokens=9 has no effect.*split=parameters"),
+        ("moefication", {"router": "ground-truth", "tokens": "9"}, "tokens=9 has no effect.*split=parameters"),
         ("llama-moe", {"samples": "0"}, "samples is 0"),
         ("llama-moe", {"scale": "-1"}, "scale -1"),
         ("llama-moe-v2", {"jitter": "1"}, "jitter=1"),
@@ -155,6 +185,13 @@ def test_impossible_ratios_are_refused_with_what_is_possible() -> None:
 def test_bad_settings_are_refused(name: str, settings: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         expert_method(name, **settings)
+
+
+@pytest.mark.parametrize("router", ["similarity", "ground-truth"])
+def test_settings_that_do_something_are_accepted(router: str) -> None:
+    expert_method("moefication", router=router, split="coactivation", tokens="9")
+    expert_method("g-moefication", router=router, tokens="9")
+    expert_method("moefication", tokens="9", epochs="1", batch="3", learning_rate="1")
 
 
 def test_a_method_says_three_things() -> None:

@@ -17,7 +17,7 @@ from methods.modeling.footprint import active, count, footprint
 from methods.modeling.record import structures_of
 from methods.modeling.structures import moe_gates
 from methods.modeling.structures.moe_mlp import MoEMLP, mixtures
-from methods.modeling.structures.moe_routers import AnalyticRouter, MLPRouter
+from methods.modeling.structures.moe_routers import AnalyticRouter, MLPRouter, OracleRouter
 from methods.modeling.structures.moe_stores import STORES
 from tests.methods.tiny import (
     CONFIGS,
@@ -60,6 +60,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "constants of one": {"active": 1, "constants": True},
     "unequal": {"active": 2, "sizes": [9, 8, 8, 8, 8, 7], "shared": True},
     "unequal, one": {"active": 1, "sizes": [9, 8, 8, 8, 8, 7]},
+    "oracle": {"active": 2, "router": "oracle", "sizes": [9, 8, 8, 8, 8, 7], "shared": True},
+    "oracle of deviation": {"active": 2, "router": "oracle of deviation", "constants": True},
+    "overlapping, oracle": {"active": 2, "router": "oracle of deviation", "overlapping": True},
     "overlapping": {"active": 2, "overlapping": True, "gate": "softmax", "scale": 2.0},
     "overlapping, equal": {"active": 3, "overlapping": True},
 }
@@ -72,6 +75,8 @@ def draw_router(kind: str, layer: modeling.DecoderLayer, experts: int, seed: int
     if kind == "analytic":
         rows = [torch.randn(experts, HIDDEN, generator=g) for _ in layer.mlp_inputs]
         return AnalyticRouter(rows, layer.mlp_activation)
+    if kind.startswith("oracle"):
+        return OracleRouter(None if kind == "oracle" else torch.randn(layer.mlp_output.in_features, generator=g))
     router = MLPRouter(HIDDEN, experts, kind == "cosine mlp")
     for parameter in router.parameters():
         parameter.data = torch.randn(parameter.shape, generator=g)
@@ -94,10 +99,24 @@ def convert(layer: modeling.DecoderLayer, case: str, seed: int = 0) -> tuple[MoE
     constants = torch.randn(len(experts), HIDDEN, generator=generator(seed)) if kind["constants"] else None
     router = draw_router(kind["router"], layer, len(experts), seed)
     weights = [router] if isinstance(router, Tensor) else [p.detach().clone() for p in router.parameters()]
+    centre = router.centre if isinstance(router, OracleRouter) else None
     u = torch.randn(len(experts), generator=generator(seed + 9)) if kind["gate"] == "scaled" else None
     b = torch.randn(len(experts), generator=generator(seed + 8)) / 4 if kind["gate"] == "scaled" else None
 
+    def neuron(i: int, x_D: Tensor) -> Tensor:
+        first, *others = (w.weight[i] @ x_D + (0 if w.bias is None else w.bias[i]) for w in inputs)
+        hidden = activation(first)
+        for other in others:
+            hidden = hidden * other
+        return hidden
+
+    def truth(x_D: Tensor, i: int) -> float:
+        h = float(neuron(i, x_D).detach())
+        return abs(h) if centre is None else (h - float(centre[i])) ** 2
+
     def scores(x_D: Tensor) -> list[float]:
+        if kind["router"].startswith("oracle"):
+            return [sum(truth(x_D, i) for i in own.tolist()) for own in experts]
         rows = [weight.to(x_D) for weight in weights]
         if kind["router"] == "linear":
             return (rows[0] @ x_D).tolist()
@@ -129,11 +148,7 @@ def convert(layer: modeling.DecoderLayer, case: str, seed: int = 0) -> tuple[MoE
         for j, constant in enumerate([] if constants is None else constants):
             y_D = y_D if j in best else y_D + constant.to(x_D)
         for i, factor in enumerate(factors):
-            first, *others = (w.weight[i] @ x_D + (0 if w.bias is None else w.bias[i]) for w in inputs)
-            hidden = activation(first)
-            for other in others:
-                hidden = hidden * other
-            y_D = y_D + factor * hidden * down.weight[:, i]
+            y_D = y_D + factor * neuron(i, x_D) * down.weight[:, i]
         return y_D
 
     options = {key: kind[key] for key in ("active", "gate", "scale")}
@@ -344,7 +359,10 @@ def test_the_scale_and_the_weights_train() -> None:
 @pytest.mark.parametrize("case", [case for case in KINDS if "overlapping" not in case])
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases", "phi"])
 def test_a_mixture_uses_what_gets_a_gradient_from_one_token(name: str, case: str) -> None:
-    """Of its experts, when they are the largest; routers and gates whole, of constants the sum and the chosen."""
+    """Of its experts, when they are the largest; routers and gates whole, of constants the sum and the chosen.
+
+    An oracle gives no gradient to what it reads: gate and up of all neurons.
+    """
     moe, _ = make(name, case, torch.float64)
     sizes = torch.tensor([len(own) for own in moe.sets])
     for seed in range(40):
@@ -355,8 +373,9 @@ def test_a_mixture_uses_what_gets_a_gradient_from_one_token(name: str, case: str
     else:
         pytest.fail("no token with the largest experts")
     moe(x).sum().backward()
-    mlp = [p for n, p in moe.named_parameters() if n.split(".")[0] not in ("router", "gate", "constants")]
-    touched = sum(int(p.grad.count_nonzero()) for p in mlp)
+    read = [moe.output_name, *([] if moe.layout.oracular else moe.input_names)]
+    mlp = {n: p for n, p in moe.named_parameters() if n.split(".")[0] not in ("router", "gate", "constants")}
+    touched = sum(int(p.grad.count_nonzero()) if n.split(".")[0] in read else p.numel() for n, p in mlp.items())
     touched += sum(p.numel() for module in (moe.router, moe.get_submodule("gate")) for p in module.parameters())
     touched += 0 if moe.constants is None else (len(experts) + 1) * HIDDEN
     assert active(moe) == touched < count(moe) or len(experts) == 6

@@ -26,6 +26,7 @@ SHARING: dict[str, dict[str, str]] = {
     "modegpt": {},
     "moefication": {"experts": "E6", "epochs": "2"},
     "g-moefication": {"epochs": "2"},
+    "g-moefication coactivation": {"router": "similarity", "split": "coactivation"},
     "llama-moe": {"split": "gradient"},
     "pruner-zero": {"pattern": "unstructured"},
 }

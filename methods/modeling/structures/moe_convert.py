@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from methods.modeling.decoder import DecoderLayer
 from methods.modeling.structures.moe_layout import GateKind, Layout
 from methods.modeling.structures.moe_mlp import MoEMLP, install
+from methods.modeling.structures.moe_routers import OracleRouter
 from methods.modeling.structures.narrow_mlp import narrow_mlp
 
 
@@ -60,7 +61,7 @@ def convert_mlp(
     with torch.no_grad():
         narrow_mlp(layer, neurons)
         moe = install(layer, layout)
-        moe.router.load_state_dict({"weight": router} if isinstance(router, Tensor) else router.state_dict())
+        moe.router.load_state_dict(_values(router, neurons))
         moe.neurons.copy_(neurons)
         moe.index.copy_(pad_sequence(positions[1:], batch_first=True, padding_value=-1))
         if moe.shared is not None:
@@ -68,6 +69,13 @@ def convert_mlp(
         if moe.constants is not None and constants is not None:
             moe.constants.copy_(constants.to(weight))
     return moe
+
+
+def _values(router: Tensor | nn.Module, neurons: Tensor) -> dict[str, Tensor]:
+    """A router's state; what it says of each neuron of the dense MLP comes to lie as those do that are in use."""
+    if isinstance(router, OracleRouter) and router.centre is not None:
+        return {"centre": router.centre.to(neurons.device)[neurons]}
+    return {"weight": router} if isinstance(router, Tensor) else router.state_dict()
 
 
 def _require_sets(experts: Sequence[Tensor], width: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-RouterKind = Literal["linear", "mlp", "cosine mlp", "analytic"]
+RouterKind = Literal["linear", "mlp", "cosine mlp", "analytic", "oracle", "oracle of deviation"]
 GateKind = Literal["equal", "softmax", "scaled"]
 
 
@@ -44,6 +44,11 @@ class Layout:
         """Neurons that one token gets, at most."""
         sizes = self.sizes or [self.width] * self.experts
         return min(self.shared + sum(sorted(sizes)[-self.active :]), self.neurons)
+
+    @property
+    def oracular(self) -> bool:
+        """Whether the router looks at what every neuron says."""
+        return self.router.startswith("oracle")
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Layout:

@@ -71,7 +71,8 @@ class MoEMLP(nn.Module):
             self.add_module(name, linear)
         self.add_module(self.output_name, layer.mlp_output)
         self.add_module(self.activation_name, layer.mlp_activation)
-        self.router = make_router(layout, [linear.weight for linear in layer.mlp_inputs], layer.mlp_activation)
+        weights = [linear.weight for linear in layer.mlp_inputs]
+        self.router = make_router(layout, weights, layer.mlp_activation, self.look)
         self.gate = make_gate(layout, weight)
 
         def table(*shape: int) -> Tensor:
@@ -118,6 +119,12 @@ class MoEMLP(nn.Module):
             sole=self.sole,
         )
 
+    def look(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """What all neurons say to tokens [T, D], [T, U], by calling the projections, and the experts' masks, [N, U]."""
+        *inputs, _ = self._linears()
+        parts = self._parts()
+        return parts.union.combine([linear(x_TD) for linear in inputs]), parts.mask_NU()
+
     def choose(self, logits_TN: Tensor) -> Choice:
         """The experts of every token, from what its router says."""
         return self.gate(logits_TN, self.layout.active)
@@ -144,10 +151,9 @@ class MoEMLP(nn.Module):
 
     def _called(self, choice: Choice, x_TD: Tensor) -> Tensor:
         """As `Pseudo.masked`, by calling the projections."""
-        *inputs, output = self._linears()
-        parts = self._parts()
-        hidden_TU = parts.union.combine([linear(x_TD) for linear in inputs])
-        return parts.finish(choice, output(times(hidden_TU, parts.factors(choice, parts.mask_NU()))))
+        parts, output = self._parts(), self._linears()[-1]
+        hidden_TU, mask_NU = self.look(x_TD)
+        return parts.finish(choice, output(times(hidden_TU, parts.factors(choice, mask_NU))))
 
     def _ready(self) -> Pseudo:
         """The store, made anew where a tensor behind it has been replaced or written to."""
@@ -171,11 +177,12 @@ class MoEMLP(nn.Module):
     def idle_parameters(self) -> int:
         """Parameters that one token's pass does not use.
 
-        They are those of neurons outside its experts, and the constants but for their sum and those of its experts.
+        They are those of neurons outside its experts (of these only down's, where an oracle reads the others), and the
+        constants but for their sum and those of its experts.
         """
         union, layout = self.union, self.layout
         hidden = union.down_wD.shape[1]
-        inputs = sum(weight.shape[1] + (bias is not None) for weight, bias in union.inputs)
+        inputs = sum(weight.shape[1] + (bias is not None) for weight, bias in union.inputs) * (not layout.oracular)
         constants = max(layout.experts - layout.active - 1, 0) * layout.constants
         return (layout.neurons - layout.used) * (inputs + hidden) + constants * hidden
 
