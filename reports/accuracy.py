@@ -101,7 +101,9 @@ def _label(name: MetricName) -> str:
 
 def task_cells(result: Result, tasks: Sequence[Measured]) -> tuple[Cell, ...]:
     """What `task_columns` heads, in per cent."""
+    cells = tuple(task.cell(result, 100) for task in tasks)
+    if len(tasks) < 2:
+        return cells
     found = {mark for task in tasks for mark in task.marks(result)}
     marks = "".join(mark for mark in LEGEND if mark in found)
-    average = pooled_cell(result.average([task.name for task in tasks]), 100, marks)
-    return *(task.cell(result, 100) for task in tasks), *([average] if len(tasks) > 1 else [])
+    return *cells, pooled_cell(result.average([task.name for task in tasks]), 100, marks)

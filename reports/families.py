@@ -10,9 +10,11 @@ from reports.tables import Cell, Column, Table, legend, percent
 RIVAL = "tomoe"
 SEMI_STRUCTURED = ("magnitude", "wanda", "sparsegpt", "pruner-zero")
 CONSTRUCTIONS = ("moefication", "g-moefication", "llama-moe", "llama-moe-v2", "cmoe")
-MEASURES = (
-    "Token perplexity (lower is better) by text and window, right answers to tasks in per cent; asked and counted "
-    "share of active parameters in per cent, and the counted share of the whole model; ± is "
+PERPLEXITY = "Token perplexity (lower is better) by text and window"
+TASKS = ", right answers to tasks in per cent"
+SHARES = (
+    "; asked and counted share of active parameters in per cent, and the counted share of the whole model, embeddings "
+    "included; ± is "
 )
 
 
@@ -42,7 +44,7 @@ def _table(results: Sequence[Result], family: Sequence[str], name: str, title: s
     return Table(
         name=name,
         title=title,
-        caption=f"{caption}{MEASURES}{plus_minus(shown)}.",
+        caption=f"{caption}{PERPLEXITY}{TASKS if tasks else ''}{SHARES}{plus_minus(shown)}.",
         columns=(
             *IDENTITY,
             Column("Of all, %"),

@@ -45,6 +45,13 @@ def test_texts_come_before_tasks_and_their_average(tmp_path: Path) -> None:
     assert str(table.columns[-1]) == "Average" and row[-1].value == sum(tasks) / len(tasks)  # type: ignore[arg-type]
 
 
+def test_perplexity_alone_is_enough(tmp_path: Path) -> None:
+    metrics = {"wikileads/token_ppl@512": {"value": 20.0, "stderr": 1.0, "n": 8}}
+    found = [factory.record(metrics=metrics), factory.record(method="wanda", ratio=0.6, metrics=metrics)]
+    table = semi_structured_table(pool(read_all(factory.write(tmp_path, found))))
+    assert table and [str(column) for column in table.columns[5:]] == ["wikileads: @512"]
+
+
 def test_without_the_family_there_is_no_table(tmp_path: Path) -> None:
     found = results(tmp_path, factory.record(method="tomoe", ratio=0.6))
     assert semi_structured_table(found) is None and constructions_table(found) is None
