@@ -26,7 +26,7 @@ from methods.modeling.footprint import Footprint, footprint
 from methods.recovery import adapters
 
 ROOM = 1.2
-"""Memory that a model takes on a device while it runs, in sizes of its weights."""
+"""Memory that a model takes on a device while it runs, in sizes of its weights and what is made of them."""
 CALIBRATION_TOKENS = 2048
 """Calibration tokens per forward pass, at most, but for longer windows."""
 LOAD_TOKENS = 8192
@@ -95,7 +95,8 @@ def load_model(location: str | Path, job: Job, whole: bool = False) -> PreTraine
     model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, job.cell.dtype))
     if (kept := Path(location, adapters.FOLDER)).is_dir():
         model.load_adapter(str(kept))
-    need, free = ROOM * model.get_memory_footprint(), free_memory(job.device)
+    made = modeling.made_bytes(model, torch.device(job.device))
+    need, free = ROOM * (model.get_memory_footprint() + made), free_memory(job.device)
     if need <= free:
         model.to(job.device)  # pyright: ignore[reportArgumentType]  (transformers' decorated `to` loses its self)
     elif whole:

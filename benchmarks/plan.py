@@ -110,7 +110,13 @@ def _jobs_of(request: Request, name: str) -> Iterator[Job]:
 
 
 def _with_recovery(request: Request, job: Job) -> list[Job]:
-    """A job, and the one that goes on from its checkpoint."""
+    """A job, and the one that goes on from its checkpoint.
+
+    Raises:
+        UserError: the method prunes single weights.
+    """
+    if job.method.family == "semi-structured":
+        raise recovery.would_fill_zeros()
     settings = recovery.configure(request.recover or "", request.settings.get(request.recover or "", {}))
     recovered = replace(job, cell=replace(job.cell, recover=settings.record()))
     return [replace(job, leaves=not recovered.finished()), recovered]

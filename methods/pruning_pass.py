@@ -64,6 +64,7 @@ class CalibratedPruning(WeightPruning, Generic[S]):
                     for stage in self.stages(layer):
                         self._prune_stage(layer, stage, signals, density, context)
                     signals.update(lambda x, keywords, mask, layer=layer: run(layer, x, keywords))
+                    modeling.forget(layer)  # else the dense matrices of all blocks would gather
 
     def _prune_stage(
         self, layer: DecoderLayer, stage: list[list[str]], signals: Signals, density: Density, context: Context

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
     from methods.modeling import DecoderLayer
 
+PUBLISHED = 128
+"""Columns of a block."""
+
 
 @register("sparsegpt", title="SparseGPT", reference="https://arxiv.org/abs/2301.00774", family="semi-structured")
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class SparseGPT(CalibratedPruning[Covariance]):
 
     damping: float = 0.01
     """Added to the diagonal of H, as a share of its mean; ten times more as often as the factorization fails."""
-    blocksize: int = 128
+    blocksize: int = PUBLISHED
     """Columns of a block; unstructured, the ones whose weights are compared."""
     true_sequential: bool = False
     """Look anew at what a projection reads when those before it in the block are pruned: query, key and value, output,
@@ -58,11 +61,11 @@ class SparseGPT(CalibratedPruning[Covariance]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        group = group_of(self.pattern)
-        if self.blocksize < 1 or (group and self.blocksize % group[1]):
+        _, width = group_of(self.pattern) or (1, 1)
+        if self.blocksize < 1 or self.blocksize % width:
             raise UserError(
-                f"sparsegpt.blocksize is {self.blocksize}; it must be at least 1, and with the pattern {self.pattern} "
-                "hold whole groups. The published one is 128."
+                f"sparsegpt.blocksize is {self.blocksize}; with the pattern {self.pattern} it must be a multiple of "
+                f"{width}, at least {width}. Use --set sparsegpt.blocksize={max(PUBLISHED // width, 1) * width}"
             )
         if not 0 <= self.damping <= 1:
             raise UserError(f"sparsegpt.damping is {self.damping}, a share between 0 and 1. The published one is 0.01.")

@@ -159,10 +159,12 @@ class WeightPruning(Method):
         decoder = modeling.Decoder(model)
         self.predict(decoder.shape, budget)
         self.prune(decoder, self.density(decoder.shape, budget), calibration, context)
-        if not modeling.runs_sparse(model):
+        sparse, pruned = modeling.runs_sparse(model)
+        if sparse < pruned:
             context.note(
-                "the pruned projections are multiplied as dense matrices with zeros, so no speed-up is to be expected: "
-                "there are kernels for 2:4 in float16 and bfloat16 on CUDA devices with sparse tensor cores"
+                f"{pruned - sparse} of {pruned} pruned projections are multiplied as dense matrices with zeros, so no "
+                "speed-up of these is to be expected: there are kernels for 2:4 in float16 and bfloat16 on CUDA "
+                "devices with sparse tensor cores, for multiples of 32 outputs and 64 inputs"
             )
         return modeling.rebuild(model, {"sparse_linears": modeling.sparse_record(model)})
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from methods.modeling.structures.removed_layers import keep_layers as keep_layers
     from methods.modeling.structures.rotated_residual import convert_layer as convert_layer
     from methods.modeling.structures.rotated_residual import replace_norm as replace_norm
+    from methods.modeling.structures.sparse_linears import forget as forget
+    from methods.modeling.structures.sparse_linears import made_bytes as made_bytes
     from methods.modeling.structures.sparse_linears import runs_sparse as runs_sparse
     from methods.modeling.structures.sparse_linears import sparse_record as sparse_record
     from methods.modeling.structures.sparse_linears import sparsify as sparsify
@@ -83,6 +85,8 @@ _HOMES = {
     "keep_layers": "structures.removed_layers",
     "convert_layer": "structures.rotated_residual",
     "replace_norm": "structures.rotated_residual",
+    "forget": "structures.sparse_linears",
+    "made_bytes": "structures.sparse_linears",
     "runs_sparse": "structures.sparse_linears",
     "sparse_record": "structures.sparse_linears",
     "sparsify": "structures.sparse_linears",

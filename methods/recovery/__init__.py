@@ -5,6 +5,6 @@ adapters      low-rank adapters around the projections of a model, and how they 
 fine_tuning   the training
 """
 
-from methods.recovery.settings import KINDS, Recovery, configure, require_package
+from methods.recovery.settings import KINDS, Recovery, configure, require_package, would_fill_zeros
 
-__all__ = ["KINDS", "Recovery", "configure", "require_package"]
+__all__ = ["KINDS", "Recovery", "configure", "require_package", "would_fill_zeros"]

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from methods.errors import UserError
 from methods.modeling.decoder import Decoder
 from methods.modeling.structures.moe_mlp import MoEMLP
 from methods.modeling.structures.sparse_linears import SparseLinear
 from methods.modeling.structures.topk_choice import ValueSelector
+from methods.recovery.settings import would_fill_zeros
 
 if TYPE_CHECKING:
     from methods.recovery.settings import Recovery
@@ -53,10 +53,7 @@ def attach(model: PreTrainedModel, settings: Recovery) -> dict[str, nn.Parameter
     from peft import LoraConfig, inject_adapter_in_model
 
     if any(isinstance(part, SparseLinear) for part in model.modules()):
-        raise UserError(
-            "--recover lora cannot fine-tune a model whose single weights were pruned: adapters added to them would "
-            "fill the zeros. Leave these methods out of --methods, or leave out --recover."
-        )
+        raise would_fill_zeros()
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  (any number serves)

@@ -111,6 +111,15 @@ def configure(kind: str, settings: Mapping[str, str]) -> Recovery:
     return from_text(Recovery, Recovery.presets, kind, settings)
 
 
+def would_fill_zeros() -> UserError:
+    """The error for methods that prune single weights."""
+    return UserError(
+        "--recover lora cannot fine-tune a model whose single weights were pruned: adapters added to them would fill "
+        "the zeros. Leave these methods (magnitude, wanda, sparsegpt, pruner-zero) out of --methods, or leave out "
+        "--recover."
+    )
+
+
 def require_package() -> None:
     """Raises UserError where the package that makes the adapters is not installed."""
     if find_spec("peft") is None:

@@ -186,3 +186,11 @@ def test_presets_hold_what_their_names_promise() -> None:
     assert (paper.calibration_samples, paper.calibration_window) == (128, 2048)
     assert (paper.ppl_windows, paper.documents, paper.ppl_lengths) == (None, None, (2048, 4096))
     assert all(asdict(preset)["name"] == name for name, preset in PRESETS.items())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "pruner-zero"])
+def test_adapters_that_would_fill_zeros_are_refused_before_anything_runs(method: str) -> None:
+    arguments = ["--ratios", "0.519", "--methods", "shortgpt", method, "--ratio-tolerance", "0.05"]
+    assert len(plan.jobs(request(*arguments))) == 3
+    with pytest.raises(UserError, match="would fill the zeros.*leave out --recover"):
+        plan.jobs(request(*arguments, "--recover", "lora"))

@@ -353,3 +353,13 @@ def test_of_a_part_that_is_too_large_the_least_tied_leave() -> None:
     weights[6, 7:] = weights[7:, 6] = 1.0
     first, second = graph_parts(weights.fill_diagonal_(0), [6, 6], 0)
     assert sorted([first.tolist(), second.tolist()]) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+
+
+def test_where_metis_put_it_a_neuron_stays_if_there_is_room() -> None:
+    """Though the sixth is tied less to the first part than the seventh is: together they would cost more elsewhere."""
+    weights = torch.zeros(12, 12)
+    weights[:5, :5], weights[7:, 7:] = 100.0, 100.0
+    weights[5, :5], weights[6, 7:], weights[6, :5] = 4.0, 4.0, 5.0
+    weights = weights.maximum(weights.T).fill_diagonal_(0)
+    parts = graph_parts(weights, [6, 6], 0)
+    assert sorted(part.tolist() for part in parts) == [[*range(6)], [*range(6, 12)]]

@@ -116,6 +116,8 @@ def test_the_model_is_not_changed_by_looking(tmp_path: Path) -> None:
     dense = weights(tiny_model("phi", dtype=torch.bfloat16))
     for key, part in parts(small).items():
         assert part.values.equal(dense[key][kept(part)]) and part.values.grad is None
+    full, _ = pruned("pruner-zero", tiny_model("phi", dtype=torch.bfloat16).float(), tmp_path)
+    assert all(kept(part).equal(kept(parts(full)[key])) for key, part in parts(small).items())
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:

@@ -135,6 +135,18 @@ def assign(part: SparseLinear) -> SparseLinear:
     return part
 
 
+def refill(part: SparseLinear) -> SparseLinear:
+    part.values.data = part.values.data * 2
+    part.mask.data = part.mask.data.flip(0)
+    return part
+
+
+def fill_and_forget(part: SparseLinear) -> SparseLinear:
+    part.values.data.mul_(2)
+    part.forget()
+    return part
+
+
 def recast(part: SparseLinear) -> SparseLinear:
     for parameter in part.parameters():
         parameter.data = parameter.data.float()
@@ -145,6 +157,8 @@ CHANGES: dict[str, Any] = {
     "nothing": lambda part: part,
     "written to": double,
     "replaced": replace,
+    "its data replaced": refill,
+    "its data written to": fill_and_forget,
     "loaded": load,
     "assigned": assign,
     "copied": copy.deepcopy,
@@ -305,9 +319,54 @@ def test_kernels_get_a_matrix_once_and_only_without_gradients(monkeypatch: pytes
     assert not part.has_kernel(torch.device("cpu"))
 
 
+def test_kernels_get_contiguous_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others they refuse."""
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        assert x.is_contiguous()
+        return nn.functional.linear(x, weight, bias)
+
+    part, x = two_of_four(torch.bfloat16), torch.randn(3, 2, 128, dtype=torch.bfloat16).transpose(0, 1)
+    expected = nn.functional.linear(x, part.weight, part.bias)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight)
+    monkeypatch.setattr(sparse_linears, "has_sparse_cores", lambda device, dtype: True)
+    monkeypatch.setattr(sparse_linears, "multiply", kernel)
+    with torch.no_grad():
+        torch.testing.assert_close(part(x), expected, rtol=2e-2, atol=1e-3)
+
+
+def test_what_is_made_is_counted_before_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2:4 in bf16: 18 of 32 bits for values and mask, and the dense matrix, or its compressed form in 18 more."""
+    part, cpu = two_of_four(torch.bfloat16), torch.device("cpu")
+    dense = 2 * 64 * 128
+    assert part.values.nbytes + part.mask.nbytes == dense * 18 // 32
+    assert part.made_bytes(cpu) == part.weight.nbytes == dense
+    model = sparse("llama-gqa")
+    expected = modeling.made_bytes(model, cpu)
+    logits(model)
+    made = [part._made[3].nbytes for part in model.modules() if isinstance(part, SparseLinear) and part._made]
+    assert sum(made) == expected > 0 and modeling.made_bytes(tiny_model("llama-gqa"), cpu) == 0
+    monkeypatch.setattr(sparse_linears, "has_sparse_cores", lambda device, dtype: True)
+    assert part.made_bytes(cpu) == dense * 18 // 32
+
+
 def test_there_are_no_kernels_on_a_cpu() -> None:
     assert not sparse_linears.has_sparse_cores(torch.device("cpu"), torch.bfloat16)
-    assert not modeling.runs_sparse(sparse("llama-gqa"))
+    assert modeling.runs_sparse(sparse("llama-gqa")) == (0, 21)
+
+
+def test_a_device_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[Exception] = [torch.OutOfMemoryError("full"), RuntimeError("no such kernel")]
+
+    def try_it(device: torch.device, dtype: torch.dtype) -> None:
+        raise failures.pop(0)
+
+    monkeypatch.setattr(sparse_linears, "_multiply_some", try_it)
+    device = torch.device("cuda", 7)  # of which nothing is known yet
+    with pytest.raises(torch.OutOfMemoryError):
+        sparse_linears.has_sparse_cores(device, torch.bfloat16)
+    assert not any(sparse_linears.has_sparse_cores(device, torch.bfloat16) for _ in range(2)) and not failures
+    sparse_linears.has_sparse_cores.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -234,7 +234,9 @@ def test_a_network_with_silent_neurons_and_little_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"blocksize": "6"}, "hold whole groups"),
+        ({"blocksize": "6"}, "a multiple of 4, at least 4. Use --set sparsegpt.blocksize=128$"),
+        ({"pattern": "2:3"}, "blocksize is 128; .* a multiple of 3, .*blocksize=126$"),
+        ({"pattern": "100:200"}, "blocksize=200$"),
         ({"blocksize": "0", "pattern": "unstructured"}, "at least 1"),
         ({"damping": "-1"}, "between 0 and 1"),
         ({"damping": "nan"}, "between 0 and 1"),

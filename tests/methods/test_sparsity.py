@@ -18,6 +18,7 @@ from methods.base import Batch, Budget, Context
 from methods.errors import UserError
 from methods.modeling.footprint import footprint
 from methods.modeling.shape import DecoderShape
+from methods.modeling.structures import sparse_linears
 from methods.modeling.structures.sparse_linears import SparseLinear, unpack
 from methods.sparsity import Density, group_of, highest_of_rows
 from tests.methods.pruned import best, of_groups, weights
@@ -190,7 +191,20 @@ def test_exactly_half_of_every_group_stays_and_nothing_else_changes(method: str,
         if key in state:  # embeddings, head, norms and biases
             assert state[key].equal(tensor)
     assert not any("weight" in key and "layers" in key and "norm" not in key for key in state)
-    assert any("no speed-up" in note for note in context.notes)
+    count = len(dense)
+    assert any(note.startswith(f"{count} of {count}") and "no speed-up" in note for note in context.notes)
+    assert all(part._made is None for part in parts(small).values())  # a dense copy of the model that nobody asked for
+
+
+def test_a_note_says_how_many_projections_run_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All, none, or those whose sizes the kernels take: here query and output."""
+    monkeypatch.setattr(sparse_linears, "has_sparse_cores", lambda device, dtype: True)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "dtype": torch.bfloat16}
+    for width, expected in ((48, ["20 of 28"]), (64, ["8 of 28"])):
+        _, context = pruned("magnitude", tiny_model("llama-gqa", intermediate_size=width, **sizes), tmp_path)
+        assert [note.partition(" pruned")[0] for note in context.notes] == expected
+    sizes["num_key_value_heads"] = 2
+    assert not pruned("magnitude", tiny_model("llama-gqa", intermediate_size=64, **sizes), tmp_path)[1].notes
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -124,6 +124,11 @@ def test_for_orthogonal_inputs_no_mask_is_better(seed: int) -> None:
         assert set(found.nonzero()[:, 0].tolist()) == {4 * g + place for g, pair in enumerate(least) for place in pair}
 
 
+def test_squares_of_half_precision_do_not_overflow() -> None:
+    inputs = torch.tensor([[1000.0, 2000.0, 300.0, 1e-4]]).half()
+    torch.testing.assert_close(energy(inputs).norm(torch.float32), inputs[0].float())
+
+
 def test_weights_of_a_dominant_input_survive() -> None:
     W, X = normal(50, 16, seed=4), normal(40, 16, seed=5)
     X[:, 6] *= 1e4

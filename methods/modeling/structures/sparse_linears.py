@@ -3,7 +3,8 @@
 y = x (W * M)^T + b with M of zeros and ones. A checkpoint holds the kept weights, row by row, and one bit for every
 weight of W; for the pattern 2:4 these are as many bits as two positions of two bits per group of four would take.
 
-A loaded model multiplies with a matrix that it makes of both on first use and keeps, which no checkpoint holds:
+A loaded model multiplies with a matrix that it makes of both on first use and keeps, which no checkpoint holds (what a
+module's `.data` is replaced with is noticed, what is written into it is not: then call `forget`):
 
     2:4, fp16 or bf16, on a CUDA device with sparse tensor cores    compressed (torch's `to_sparse_semi_structured`)
     everything else, and whenever a gradient is asked for           dense, with zeros: no faster than the dense model,
@@ -33,6 +34,8 @@ SEMI_STRUCTURED = "2:4"
 """The pattern that GPUs have kernels for."""
 TILE = (32, 64)
 """Outputs and inputs that these kernels take at a time."""
+COMPRESSED = 9 / 16
+"""Bytes of the form they read over those of the dense matrix: half of the weights, two bits of place for each."""
 
 
 class SparseLinear(nn.Module):
@@ -79,6 +82,15 @@ class SparseLinear(nn.Module):
         whole_tiles = self.out_features % TILE[0] == 0 and self.in_features % TILE[1] == 0
         return self.pattern == SEMI_STRUCTURED and whole_tiles and has_sparse_cores(device, self.values.dtype)
 
+    def made_bytes(self, device: torch.device) -> int:
+        """Memory of the matrix that is multiplied with on a device without gradients, beside values and mask."""
+        dense = self.in_features * self.out_features * self.values.element_size()
+        return int(COMPRESSED * dense) if self.has_kernel(device) else dense
+
+    def forget(self) -> None:
+        """Drop that matrix; it is made anew when it is needed."""
+        self._made = None
+
     def _dense(self) -> Tensor:
         kept_OI = unpack(self.mask, self.in_features)
         return self.values.new_zeros(kept_OI.shape).masked_scatter(kept_OI, self.values)
@@ -86,7 +98,7 @@ class SparseLinear(nn.Module):
     def _matrix(self, sparse: bool) -> Tensor:
         """The dense matrix or its compressed form, made anew where what is behind it was replaced, moved or changed."""
         values, mask = self.values, self.mask
-        state = (sparse, _version(values), _version(mask), values.dtype, values.device)
+        state = (sparse, *_state(values), *_state(mask))
         made = self._made
         if made is None or made[0] is not values or made[1] is not mask or made[2] != state:
             with torch.inference_mode(False), torch.no_grad():
@@ -95,7 +107,7 @@ class SparseLinear(nn.Module):
         return made[3]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        self._made = None  # moved or cast: parameters stay the same objects then
+        self.forget()  # moved or cast: parameters stay the same objects then
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,8 +119,9 @@ class SparseLinear(nn.Module):
         return f"{sizes}, pattern={self.pattern}, density={self.density:.3f}"
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """What differs after a tensor was written to, or its `.data` replaced."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 def pack(mask_OI: Tensor) -> Tensor:
@@ -129,12 +142,19 @@ def has_sparse_cores(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     try:
-        half_zero = torch.tensor([1, 0], dtype=dtype, device=device).repeat(TILE[1], TILE[1] // 2)
-        with torch.no_grad():
-            multiply(half_zero, compressed(half_zero))
+        _multiply_some(device, dtype)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the device, and what is raised is not remembered
     except RuntimeError:
         return False
     return True
+
+
+@torch.no_grad()
+def _multiply_some(device: torch.device, dtype: torch.dtype) -> None:
+    half_zero = torch.tensor([1, 0], dtype=dtype, device=device).repeat(TILE[1], TILE[1] // 2)
+    for bias in (None, half_zero[0]):
+        multiply(half_zero, compressed(half_zero), bias)
 
 
 def compressed(weight_OI: Tensor) -> Tensor:
@@ -183,10 +203,23 @@ def sparse_parts(layer: DecoderLayer) -> dict[str, SparseLinear]:
     return {name: part for name, part in layer.module.named_modules() if isinstance(part, SparseLinear)}
 
 
-def runs_sparse(model: PreTrainedModel) -> bool:
-    """Whether all sparse projections of a model are multiplied by kernels that make use of the zeros, on its device."""
-    parts = (part for layer in Decoder(model).layers for part in sparse_parts(layer).values())
-    return all(part.has_kernel(model.device) for part in parts)
+def forget(layer: DecoderLayer) -> None:
+    """Drop what the sparse projections of a block have made to multiply with."""
+    for part in sparse_parts(layer).values():
+        part.forget()
+
+
+def runs_sparse(model: PreTrainedModel) -> tuple[int, int]:
+    """How many sparse projections are multiplied by kernels that make use of the zeros on a model's device, of all."""
+    kernels = [
+        part.has_kernel(model.device) for layer in Decoder(model).layers for part in sparse_parts(layer).values()
+    ]
+    return sum(kernels), len(kernels)
+
+
+def made_bytes(model: PreTrainedModel, device: torch.device) -> int:
+    """Memory that sparse projections take when the model runs on a device, beside what is loaded."""
+    return sum(part.made_bytes(device) for part in model.modules() if isinstance(part, SparseLinear))
 
 
 def apply(model: PreTrainedModel, record: dict[str, Any]) -> None:
