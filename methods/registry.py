@@ -49,8 +49,9 @@ def _third_party() -> dict[str, EntryPoint]:
 
 
 def names() -> list[str]:
-    """Every registered name, built-in ones first."""
-    return [*_METHODS, *(name for name in _third_party() if name not in _METHODS)]
+    """Every registered name: built-in ones by family, dense first, then the others."""
+    built_in = sorted(_METHODS, key=lambda name: (FAMILIES.index(_METHODS[name].family), name))
+    return [*built_in, *(name for name in _third_party() if name not in _METHODS)]
 
 
 def get(name: str) -> type[Method]:

@@ -56,7 +56,7 @@ def test_built_in_methods_have_names_titles_and_references() -> None:
     for name in methods.names()[1:]:
         method = methods.get(name)
         assert issubclass(method, Method) and method.name == name and method.title
-        assert method.reference.startswith("https://arxiv.org/abs/")
+        assert method.reference.startswith(("https://arxiv.org/abs/", "https://github.com/"))
         assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
