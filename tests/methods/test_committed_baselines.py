@@ -1,4 +1,4 @@
-"""What docs/RESULTS.md says of the structural baselines, held against the records in results/ it was written from."""
+"""What docs/RESULTS.md says of the baselines, held against the records in results/ it was written from."""
 
 import re
 from functools import cache
@@ -22,14 +22,30 @@ TITLES = {
     "structured magnitude": "structured-magnitude",
     "random": "random",
 }
+SPARSE = {
+    "magnitude": "magnitude",
+    "Wanda": "wanda",
+    "Pruner-Zero": "pruner-zero",
+    "SparseGPT": "sparsegpt",
+    "ToMoE": "tomoe",
+}
+CONSTRUCTIONS = {
+    "MoEfication": "moefication",
+    "G-MoEfication": "g-moefication",
+    "LLaMA-MoE (untrained gate)": "llama-moe",
+    "LLaMA-MoE-v2": "llama-moe-v2",
+    "CMoE": "cmoe",
+    "ToMoE": "tomoe",
+}
 TEXT = "wikileads/token_ppl@512"
 
 
 @cache
 def records() -> list[dict[str, Any]]:
-    """Of the embedded models, one seed, block basis."""
+    """Of the embedded models, one seed, block basis; those of ToMoE that were run beside the other experts."""
     found = [record for record in store.records(ROOT / "results") if record["cell"]["model"] in MODELS]
-    return [record for record in found if record["cell"]["seed"] == 0 and record["cell"]["ratio_basis"] == "block"]
+    found = [record for record in found if record["cell"]["seed"] == 0 and record["cell"]["ratio_basis"] == "block"]
+    return [r for r in found if r["cell"]["method"] != "tomoe" or "expert_width" in r["cell"]["method_config"]]
 
 
 def find(model: str, method: str, ratio: float, *, tuned: bool = False) -> dict[str, Any]:
@@ -60,6 +76,26 @@ def test_perplexities_and_sizes(title: str) -> None:
     for (model, ratio), text in zip(cells, written, strict=False):
         record = find(model, TITLES[title], ratio)
         assert record["metrics"][TEXT]["value"] == pytest.approx(float(text), abs=0.051)
+        assert record["size"]["on_budget"]
+
+
+@pytest.mark.parametrize("title", SPARSE)
+def test_sparse_weights_beside_tomoe(title: str) -> None:
+    _, *written, _ = table("| wikileads @512 (Moby Dick)", 6)[title]
+    for model, text in zip(MODELS, written, strict=True):
+        metrics = find(model, SPARSE[title], 0.5)["metrics"]
+        found = [metrics[name]["value"] for name in (TEXT, "moby-dick/token_ppl@512")]
+        assert found == [pytest.approx(float(number), abs=0.51) for number in re.findall(r"[0-9.]+", text)]
+        assert found[0] == pytest.approx(float(text.split()[0]), abs=0.051)
+
+
+@pytest.mark.parametrize("title", CONSTRUCTIONS)
+def test_constructions_beside_tomoe(title: str) -> None:
+    written = table("| construction | tiny-llama 0.7", 7)[title]
+    cells = [(model, ratio) for model in MODELS for ratio in (0.7, 0.6)]
+    for (model, ratio), text in zip(cells, written, strict=True):
+        record = find(model, CONSTRUCTIONS[title], ratio)
+        assert record["metrics"][TEXT]["value"] == pytest.approx(float(text), abs=0.051 if "." in text else 0.51)
         assert record["size"]["on_budget"]
 
 

@@ -19,8 +19,9 @@ TEXT = "wikileads/token_ppl@512"
 
 @cache
 def records() -> list[dict[str, Any]]:
-    plain = (record for record in store.records(RESULTS) if not record["cell"].get("recover"))
-    return [record for record in plain if record["cell"]["model"] in MODELS]
+    """Later runs of the same cells have settings that these have not."""
+    cells = [(record["cell"], record) for record in store.records(RESULTS) if record["cell"]["model"] in MODELS]
+    return [record for cell, record in cells if not cell.get("recover") and "expert_width" not in cell["method_config"]]
 
 
 def find(model: str, method: str, ratio: float, seed: int = 0, **settings: Any) -> dict[str, Any]:
