@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+import methods
 from benchmarks import data, launch, models, record, sharing, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
@@ -103,7 +104,7 @@ def load_model(location: str | Path, job: Job, whole: bool = False) -> PreTraine
         raise UserError(
             f"{job.title} needs all of {job.cell.model} on {job.device}: some {need / 1e9:.0f} GB with room to "
             f"compute, and {free / 1e9:.0f} GB are free. Use --device cpu, a larger device, or a method that works "
-            "block by block (shortgpt, sleb, slicegpt, modegpt, magnitude, wanda, sparsegpt, moefication, cmoe)."
+            f"block by block ({', '.join(name for name in methods.names() if methods.get(name).streams)})."
         )
     else:
         modeling.keep_blocks_on_host(model, torch.device(job.device))

@@ -174,6 +174,13 @@ class Context:
             self.notes.append(text)
 
 
+@dataclass(frozen=True)
+class AnyBut:
+    """Of a field in `Method.idle`: all values but one."""
+
+    value: Any
+
+
 class Method(ABC):
     """A way to compress a model: a frozen dataclass whose fields are its hyperparameters."""
 
@@ -185,7 +192,7 @@ class Method(ABC):
     family: ClassVar[str]
     """What it removes: `dense` (nothing), `depth`, `width`, `semi-structured` or `moe`."""
     idle: ClassVar[Sequence[tuple[Mapping[str, Any], Collection[str]]]] = ()
-    """Values of some fields, and the fields that have no effect beside them."""
+    """Values of some fields (or `AnyBut` one), and the fields that have no effect beside them."""
     streams: ClassVar[bool] = False
     """Whether it works block by block and without gradients, so that blocks may wait in host memory
     (`methods.modeling.residence`) where a model is larger than the device."""
@@ -202,12 +209,21 @@ class Method(ABC):
             UserError: one of them is idle.
         """
         for causes, names in self.idle:
-            if all(getattr(self, name) == value for name, value in causes.items()):
+            if all(self._has(name, value) for name, value in causes.items()):
                 for name in sorted({*names} & {*given}):
-                    value, *beside = (f"{self.name}.{key}={str(getattr(self, key)).lower()}" for key in (name, *causes))
+                    value, *beside = (f"{self.name}.{key}={self._typed(key)}" for key in (name, *causes))
                     raise UserError(
                         f"{value} has no effect beside {' and '.join(beside)}. Leave one of them out of --set."
                     )
+
+    def _has(self, name: str, value: Any) -> bool:
+        found = getattr(self, name)
+        return found != value.value if isinstance(value, AnyBut) else found == value
+
+    def _typed(self, name: str) -> str:
+        """The value of a field as one types it: truth values and none in small letters."""
+        value = getattr(self, name)
+        return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
     def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
         """The size this method will reach, from shapes alone and without torch; None when only running it tells.

@@ -29,7 +29,7 @@ from methods import modeling
 from methods.base import Calibration, Context
 from methods.errors import UserError
 from methods.expert_plans import ExpertMethod, Structure
-from methods.experts import CHUNK, hidden, largest, mlp_inputs
+from methods.experts import CHUNK, hidden, largest
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
@@ -83,7 +83,7 @@ class CMoE(ExpertMethod):
         self, decoder: Decoder, structure: Structure, blocks: range, calibration: Calibration, context: Context
     ) -> None:
         """One block after the other."""
-        for layer, x_qD in mlp_inputs(decoder, calibration, context, self.tokens, sequential=True):
+        for layer, x_qD in self.inputs(decoder, structure, calibration, context, self.tokens, sequential=True):
             with torch.no_grad():
                 shared, experts, representatives = self.carve(self.activity(layer, x_qD), structure)
                 rows = [unit_rows(linear.weight)[representatives] for linear in layer.mlp_inputs]

@@ -11,10 +11,13 @@ published number of parts is the default, or less where a part would have fewer 
 sizes is within the tolerance (8 parts are coarse), it is doubled, and doubled again, as far as parts keep so many.
 """
 
+# Shape suffixes: S tokens, D hidden size.
+
 from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,12 +25,14 @@ from methods import modeling
 from methods.allocation import channel_size
 from methods.base import Budget, Calibration, Context, Method, Prediction
 from methods.errors import UserError
+from methods.experts import mlp_inputs
 from methods.modeling.shape import DecoderShape
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from methods.modeling import Decoder
+    from methods.modeling import Decoder, DecoderLayer
 
 GROWTH = (1, 2, 4)
 """What the published number of parts may be multiplied with."""
@@ -95,12 +100,17 @@ class ExpertMethod(Method):
     """`auto`, `E16` (so many experts), or a whole structure such as `S3A3E8`, whose ratio must be the asked one."""
 
     def __post_init__(self) -> None:
-        _, structure = parse(f"{self.name}.experts", self.experts)
+        _, structure = self.asked
         if structure is not None and structure.shared and not self.with_shared:
             raise UserError(
                 f"{self.name}.experts is {self.experts!r}, and here no expert is shared. "
                 f"Use --set {self.name}.experts=A{structure.active}E{structure.experts}"
             )
+
+    @property
+    def asked(self) -> tuple[int | None, Structure | None]:
+        """What `experts` says, see `parse`."""
+        return parse(f"{self.name}.experts", self.experts)
 
     @abstractmethod
     def default_experts(self, shape: DecoderShape) -> int:
@@ -124,6 +134,40 @@ class ExpertMethod(Method):
         """The structure in which a token gets so many of the parts."""
         return Structure(0, parts, experts)
 
+    def told_apart(self, tokens: int) -> int:
+        """How many experts so many tokens are enough for: one each."""
+        return tokens
+
+    def inputs(
+        self,
+        decoder: Decoder,
+        structure: Structure,
+        calibration: Calibration,
+        context: Context,
+        tokens: int,
+        *,
+        sequential: bool = False,
+    ) -> Iterator[tuple[DecoderLayer, Tensor]]:
+        """What `mlp_inputs` yields.
+
+        Raises:
+            UserError: also, there are too few tokens for the experts among which they choose.
+        """
+        for layer, x_SD in mlp_inputs(decoder, calibration, context, tokens, sequential=sequential):
+            if self.told_apart(len(x_SD)) < structure.routed:
+                raise self._too_few(len(x_SD), tokens, structure)
+            yield layer, x_SD
+
+    def _too_few(self, seen: int, asked: int, structure: Structure) -> UserError:
+        more, most = "a longer text, such as --calibration NAME:16x512", self.told_apart(seen)
+        if seen == asked:
+            more = f"--set {self.name}.tokens={max(16384, 4 * structure.routed)}"
+        fewer = f", or fewer experts: --set {self.name}.experts=E{most}" if most > 1 else ""
+        return UserError(
+            f"{self.name} cannot tell {structure.routed} experts apart by {seen} {'token' if seen == 1 else 'tokens'} "
+            f"of the calibration text. Use {more}{fewer}"
+        )
+
     def blocks(self, shape: DecoderShape) -> range:
         """The blocks that are converted: all of them."""
         return range(shape.layers)
@@ -134,7 +178,7 @@ class ExpertMethod(Method):
         Raises:
             UserError: more experts are asked for than an MLP has neurons, or no block is left to convert.
         """
-        asked, whole = parse(f"{self.name}.experts", self.experts)
+        asked, whole = self.asked
         if asked is not None and asked > shape.mlp_width:
             raise UserError(
                 f"{self.name}.experts asks for {asked} experts, and an MLP of this model has {shape.mlp_width} "
@@ -165,8 +209,8 @@ class ExpertMethod(Method):
         change = len(self.blocks(shape)) * (self.added(shape, structure) - gone)
         return shape.total + change, shape.block + change
 
-    def predict(self, shape: DecoderShape, budget: Budget) -> Prediction:
-        """The size nearest to the ratio, half a part of every MLP off at most."""
+    def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
+        """The size nearest to the ratio, half a part of every MLP off at most; a whole structure has no grid."""
         if budget.ratio == 1:
             return Prediction(active_total=shape.total, active_block=shape.block)
         if not len(self.blocks(shape)):
@@ -174,7 +218,8 @@ class ExpertMethod(Method):
         structure = self.structure(shape, budget)
         total, block = self._size(shape, structure)
         part = structure.sizes(shape.mlp_width)[0] * self.spared(shape) * len(self.blocks(shape))
-        prediction = Prediction(active_total=total, active_block=block, grid_step=part / budget.dense(shape))
+        step = 0.0 if self.asked[1] else part / budget.dense(shape)
+        prediction = Prediction(active_total=total, active_block=block, grid_step=step)
         budget.require(self.name, prediction, shape, [budget.achieved(total, block, shape)])
         return prediction
 

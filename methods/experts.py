@@ -189,22 +189,32 @@ def beginning(calibration: Calibration, tokens: int, batch_size: int) -> Iterato
 
 
 def _watched(layer: DecoderLayer, signals: Signals) -> tuple[Tensor, list[Tensor]]:
-    """What a block's MLP reads at real tokens, and what the block makes of every batch."""
+    """What a block's MLP reads at real tokens, and what the block makes of every batch; both are finite."""
     reads: list[Tensor] = []
     handle = layer.mlp_inputs[0].register_forward_pre_hook(lambda module, args: reads.append(args[0]))
     seen, after = [], []
     try:
         for x_BTD, keywords, mask_BT in signals.calls():
-            after.append(_run(layer, x_BTD, keywords, mask_BT).cpu())
-            seen.append(modeling.real_tokens(reads.pop().view(*x_BTD.shape[:2], -1), mask_BT))
+            y_BTD = _run(layer, x_BTD, keywords, mask_BT)
+            finite(modeling.real_tokens(y_BTD, mask_BT))  # else what goes into down, or comes out of it, is not
+            after.append(y_BTD.cpu())
+            seen.append(finite(modeling.real_tokens(reads.pop().view(*x_BTD.shape[:2], -1), mask_BT)))
     finally:
         handle.remove()
     if not sum(map(len, seen)):
         raise nothing_to_measure()
-    x_SD = torch.cat(seen)
-    if not x_SD.isfinite().all():
+    return torch.cat(seen), after
+
+
+def finite(numbers: Tensor) -> Tensor:
+    """The numbers.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    if not numbers.isfinite().all():
         raise overflow()
-    return x_SD, after
+    return numbers
 
 
 def _run(layer: DecoderLayer, x_BTD: Tensor, keywords: dict[str, Any], mask_BT: Tensor | None) -> Tensor:

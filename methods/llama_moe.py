@@ -15,7 +15,9 @@ of equal size, of which a token gets A, and a gate z(x):
 **Only the initialisation is here.** The paper trains the result on 200 billion tokens. Without training the gate
 chooses at random, and a perplexity of 3e5 is reported for such a model: the row is a starting point for fine-tuning,
 and no result of the paper. The third use of gradients, a shared part and disjoint experts ("inter sharing"), is what
-`llama-moe-v2` does. Experts that overlap may be smaller together than `sharing` predicts.
+`llama-moe-v2` does. How many neurons experts that overlap have together, and so a token at most, only the text tells:
+`sharing` predicts no size, makes as many experts active as come nearest to the neurons of those that the ratio asks for
+were they disjoint, and misses ratios for which all that is in any expert is too little.
 
 Departs from the paper: the text is grouped by balanced k-means of its windows' mean token embeddings (theirs: sentence
 embeddings of the pre-training corpus); sizes differ by a neuron where E does not divide F; the training noise of the
@@ -26,12 +28,12 @@ gate and its balance loss are left to whoever trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from methods import modeling
-from methods.base import Calibration, Context
+from methods.base import Budget, Calibration, Context, Prediction
 from methods.errors import UserError
 from methods.expert_plans import ExpertMethod, Structure, router_size
 from methods.experts import balanced_parts, best_parts, cluster, greedy_parts, neuron_importance, random_parts, windows
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class LLaMAMoE(ExpertMethod):
     """Equal experts and an untrained gate."""
+
+    idle = (({"split": "random"}, ("samples",)), ({"split": "clustering"}, ("samples",)))
 
     split: Literal["random", "clustering", "gradient", "sharing"] = "random"
     """How neurons are handed out."""
@@ -76,21 +80,50 @@ class LLaMAMoE(ExpertMethod):
         """The gate."""
         return router_size(shape, structure, mlp=self.router == "mlp")
 
+    def predict(self, shape: DecoderShape, budget: Budget) -> Prediction | None:
+        """None for experts that overlap: how much, only the text tells."""
+        overlapping = self.split == "sharing" and budget.ratio < 1
+        if overlapping and self.asked[1]:
+            return None
+        prediction = super().predict(shape, budget)  # refuses what not even disjoint experts reach
+        return None if overlapping else prediction
+
     def convert(
         self, decoder: Decoder, structure: Structure, blocks: range, calibration: Calibration, context: Context
     ) -> None:
         """Split every block, and draw its gate."""
         generator = torch.Generator().manual_seed(context.seed)
         splits = self.splits(decoder, structure, calibration, context, generator)
+        if self.split == "sharing":
+            splits = [*splits]
+            structure = self.solved(splits, structure, decoder.shape.mlp_width, context)
         scale = structure.experts / structure.active if self.scale is None else self.scale
-        unused = 0
         for layer, experts in zip(decoder.layers, splits, strict=True):
-            unused += decoder.shape.mlp_width - len(torch.cat(experts).unique())
             router = self._router(decoder.shape.hidden, structure.experts, generator)
             modeling.convert_mlp(layer, router, experts, active=structure.active, gate="softmax", scale=scale)
-        if unused:
-            share = unused / (decoder.shape.mlp_width * decoder.shape.layers)
-            context.note(f"{share:.1%} of the MLP neurons are among the highest of no expert, and gone")
+
+    def solved(self, splits: Sequence[Sequence[Tensor]], asked: Structure, width: int, context: Context) -> Structure:
+        """With as many experts active as come nearest to the neurons of those asked for, unless these are given."""
+        unions = [len(torch.cat([*experts]).unique()) for experts in splits]
+
+        def used(active: int) -> float:
+            most = replace(asked, active=active).used_neurons(width)
+            return sum(min(most, union) for union in unions) / len(unions)
+
+        wanted = asked.used_neurons(width)
+        choices = range(asked.active, asked.active + 1 if self.asked[1] else asked.experts + 1)
+        active = min(choices, key=lambda number: abs(used(number) - wanted))
+        self._note(used(active) / width, wanted / width, sum(unions) / len(unions) / width, context)
+        return replace(asked, active=active)
+
+    def _note(self, used: float, wanted: float, union: float, context: Context) -> None:
+        """Shares of the MLP neurons: what a token gets at most, what it was to get, and what is in any expert."""
+        if union < 1:
+            context.note(f"{1 - union:.1%} of the MLP neurons are among the highest of no expert, and gone")
+        if used != wanted:
+            context.note(
+                f"experts overlap: a token gets at most {used:.1%} of the MLP neurons, not {wanted:.1%} as asked"
+            )
 
     def splits(
         self,
@@ -99,7 +132,7 @@ class LLaMAMoE(ExpertMethod):
         calibration: Calibration,
         context: Context,
         generator: Generator,
-    ) -> Iterator[list[Tensor]]:
+    ) -> Iterable[list[Tensor]]:
         """The experts of every block."""
         width = decoder.shape.mlp_width
         sizes = structure.sizes(width)

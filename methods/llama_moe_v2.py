@@ -24,15 +24,15 @@ F. The attention experts of the paper, in which tokens see only tokens of their 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from methods import modeling
 from methods.base import Calibration, Context
 from methods.errors import UserError
-from methods.expert_plans import ExpertMethod, Structure, parse, router_size
-from methods.experts import cluster, contiguous_parts, greedy_parts, mlp_inputs, neuron_importance, windows
+from methods.expert_plans import ExpertMethod, Structure, router_size
+from methods.experts import cluster, contiguous_parts, greedy_parts, neuron_importance, windows
 from methods.lazy import torch
 from methods.modeling.shape import DecoderShape
 from methods.registry import register
@@ -49,6 +49,7 @@ class LLaMAMoEv2(ExpertMethod):
     """A shared part beside experts for kinds of tokens, or slices."""
 
     with_shared: ClassVar[bool] = True
+    idle = (({"mode": "vanilla"}, ("dense_ends", "jitter", "tokens", "samples")),)
 
     mode: Literal["residual", "vanilla"] = "residual"
     """Which of the two constructions."""
@@ -68,19 +69,11 @@ class LLaMAMoEv2(ExpertMethod):
                 f"llama-moe-v2 has tokens={self.tokens}, samples={self.samples}, dense_ends={self.dense_ends} and "
                 f"jitter={self.jitter}: at least 1, 1 and 0, and from 0 to below 1. Published are 1 and 0.4."
             )
-        _, structure = parse("llama-moe-v2.experts", self.experts)
+        _, structure = self.asked
         if self.mode == "vanilla" and structure is not None and structure.shared:
             raise UserError(
                 f"llama-moe-v2.experts is {self.experts!r}, and mode=vanilla shares no expert. "
                 f"Use --set llama-moe-v2.experts=A{structure.active}E{structure.experts}, or mode=residual."
-            )
-
-    def check(self, given: Collection[str]) -> None:
-        """Refuse settings of the other construction."""
-        idle = sorted({"dense_ends", "jitter", "tokens", "samples"} & {*given})
-        if self.mode == "vanilla" and idle:
-            raise UserError(
-                f"llama-moe-v2.{idle[0]} has no effect with mode=vanilla. Leave it out, or use mode=residual."
             )
 
     def default_experts(self, shape: DecoderShape) -> int:
@@ -90,6 +83,10 @@ class LLaMAMoEv2(ExpertMethod):
     def divided(self, parts: int, experts: int) -> Structure:
         """One expert per token beside shared parts, or none of these."""
         return Structure(0, parts, experts) if self.mode == "vanilla" else Structure(parts - 1, 1, experts)
+
+    def told_apart(self, tokens: int) -> int:
+        """As many as get one each where clusters are as small as they may be."""
+        return math.floor(tokens * (1 - self.jitter))
 
     def blocks(self, shape: DecoderShape) -> range:
         """All but the ends, or all."""
@@ -133,15 +130,10 @@ class LLaMAMoEv2(ExpertMethod):
     ) -> list[Tensor]:
         """C of each of some blocks, fp32 [N, D]."""
         wanted, found = {layer.module for layer in layers}, []
-        for layer, x_SD in mlp_inputs(decoder, calibration, context, self.tokens):
+        for layer, x_SD in self.inputs(decoder, structure, calibration, context, self.tokens):
             if layer.module in wanted:
                 even = len(x_SD) / structure.routed
-                least, most = math.floor(even * (1 - self.jitter)), math.ceil(even * (1 + self.jitter))
-                if least < 1:
-                    raise UserError(
-                        f"{len(x_SD)} tokens are too few to be clustered for {structure.routed} experts. Use a longer "
-                        "calibration text, or fewer experts: --set llama-moe-v2.experts=E8"
-                    )
+                least, most = max(1, math.floor(even * (1 - self.jitter))), math.ceil(even * (1 + self.jitter))
                 labels_S = cluster(x_SD, structure.routed, least, most, context.seed)
                 rows = x_SD.float()
                 found.append(torch.stack([rows[labels_S == j].mean(0) for j in range(structure.routed)]))

@@ -42,17 +42,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from methods import modeling
-from methods.base import Calibration, Context
+from methods.base import AnyBut, Calibration, Context
 from methods.errors import UserError
 from methods.expert_plans import ExpertMethod, Structure, router_size
 from methods.experts import (
     CHUNK,
     balanced_parts,
     coactivations,
+    finite,
     graph_parts,
     hidden,
     input_rows,
-    mlp_inputs,
     thinned,
 )
 from methods.lazy import torch
@@ -68,7 +68,11 @@ if TYPE_CHECKING:
 
 TRAINING = ("epochs", "learning_rate", "batch")
 """Settings that only a router with something to learn has."""
-UNTRAINED = tuple(({"router": router}, TRAINING) for router in ("similarity", "ground-truth"))
+UNTRAINED = (
+    *(({"router": router}, TRAINING) for router in ("similarity", "ground-truth")),
+    ({"epochs": 0}, ("learning_rate", "batch")),
+)
+"""Where they have no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,10 @@ class RankedExperts(ExpertMethod):
         """Whether it looks at text."""
         return self.router == "mlp" or self.split == "coactivation"
 
+    def told_apart(self, tokens: int) -> int:
+        """One each, and what is trained needs one to learn from beside one to be judged by."""
+        return 0 if self.router == "mlp" and tokens < 2 else tokens
+
     def convert(
         self, decoder: Decoder, structure: Structure, blocks: range, calibration: Calibration, context: Context
     ) -> None:
@@ -150,19 +158,19 @@ class RankedExperts(ExpertMethod):
         """Of every block its experts, router and constants, on what the dense model's MLPs read."""
         generator, found = torch.Generator().manual_seed(context.seed), {}
         sizes = structure.sizes(decoder.shape.mlp_width)
-        for index, (layer, x_SD) in enumerate(self._inputs(decoder, calibration, context)):
+        for index, (layer, x_SD) in enumerate(self._seen(decoder, structure, calibration, context)):
             with torch.no_grad():
                 experts = self.parts(layer, x_SD, sizes, context.seed)
                 block = {"neurons": torch.cat(experts), **self.rank(layer, x_SD, experts, generator)}
             found |= {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in block.items()}
         return found
 
-    def _inputs(
-        self, decoder: Decoder, calibration: Calibration, context: Context
+    def _seen(
+        self, decoder: Decoder, structure: Structure, calibration: Calibration, context: Context
     ) -> Iterator[tuple[DecoderLayer, Tensor]]:
         """Blocks with what their MLPs read, [S, D], nothing where nobody asks."""
         if self.reads:
-            yield from mlp_inputs(decoder, calibration, context, self.tokens)
+            yield from self.inputs(decoder, structure, calibration, context, self.tokens)
         else:
             for layer in context.progress.track(decoder.layers, "cutting experts", len(decoder.layers)):
                 yield layer, layer.mlp_output.weight.new_empty(0, decoder.shape.hidden)
@@ -199,7 +207,7 @@ class RankedExperts(ExpertMethod):
             h_TF = hidden(layer, x_TD).float()
             size_TF = (h_TF if centre_F is None else h_TF - centre_F).abs().pow(self.power)
             found.append(torch.stack([size_TF[:, part].sum(1) for part in experts], 1))
-        return torch.cat(found)
+        return finite(torch.cat(found))  # squares of h may not be, where h is
 
     def trained(self, router: MLPRouter, x_SD: Tensor, targets_SN: Tensor, generator: Generator) -> MLPRouter:
         """The router at its best epoch."""
@@ -234,6 +242,7 @@ class MoEfication(RankedExperts):
         *UNTRAINED,
         ({"router": "similarity", "split": "parameters"}, ("tokens",)),
         ({"router": "ground-truth", "split": "parameters"}, ("tokens",)),
+        ({"experts": AnyBut("auto")}, ("expert_neurons",)),
     )
     power: ClassVar[int] = 1
 
@@ -286,7 +295,7 @@ class GMoEfication(RankedExperts):
 def stand_ins(layer: DecoderLayer, centre_F: Tensor, experts: Sequence[Tensor]) -> Tensor:
     """What down makes of the stand-ins of each expert's neurons, fp32 [N, D]."""
     down_FD = layer.mlp_output.weight.T.float()
-    return torch.stack([centre_F[part] @ down_FD[part] for part in experts])
+    return finite(torch.stack([centre_F[part] @ down_FD[part] for part in experts]))
 
 
 def centroids(rows_FD: Tensor, experts: Sequence[Tensor], hidden_size: int) -> Tensor:

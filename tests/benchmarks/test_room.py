@@ -1,5 +1,6 @@
 """Whether a model fits on a device is asked of what it takes when it runs."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import methods
 from benchmarks import checkpoint
 from methods.errors import UserError
 from tests.methods.test_sparsity import pruned
@@ -25,5 +27,8 @@ def test_the_matrices_of_a_sparse_model_need_room_too(tmp_path: Path, monkeypatc
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: need + 1)
     checkpoint.load_model(tmp_path / "model", job, whole=True)
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: need - 1)
-    with pytest.raises(UserError, match="needs all of m on cpu"):
+    with pytest.raises(UserError, match="needs all of m on cpu") as refused:
         checkpoint.load_model(tmp_path / "model", job, whole=True)
+    listed = re.search(r"block by block \((.*)\)", str(refused.value))
+    assert listed and {"cmoe", "g-moefication", "slicegpt"} <= {*listed[1].split(", ")}
+    assert {methods.get(name).streams for name in listed[1].split(", ")} == {True}

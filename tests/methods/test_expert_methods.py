@@ -1,6 +1,8 @@
 """The contracts of every method that cuts MLPs into experts, on every family."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import methods
 from methods import modeling
+from methods.allocation import channel_size
 from methods.base import Budget, Context
 from methods.errors import UserError
 from methods.modeling.footprint import footprint
@@ -35,6 +38,7 @@ CASES: dict[str, dict[str, str]] = {
     "llama-moe": {},
     "llama-moe clustering": {"split": "clustering", "router": "linear"},
     "llama-moe gradient": {"split": "gradient"},
+    "llama-moe sharing": {"split": "sharing"},
     "llama-moe-v2": {},
     "llama-moe-v2 vanilla": {"mode": "vanilla"},
     "cmoe": {},
@@ -63,7 +67,7 @@ def found(model: PreTrainedModel) -> list[MoEMLP]:
     return [moe for moe in mixtures(model) if moe is not None]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "llama-moe sharing"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_size_is_the_predicted_one_and_no_neuron_is_lost(case: str, name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
@@ -78,6 +82,28 @@ def test_the_size_is_the_predicted_one_and_no_neuron_is_lost(case: str, name: st
         parts = [*moe.sets] if moe.shared is None else [moe.shared, *moe.sets]
         assert torch.cat(parts).tolist() == list(range(shape.mlp_width))
         assert moe.neurons.sort().values.tolist() == list(range(shape.mlp_width))
+
+
+@pytest.mark.parametrize("structure", ["auto", "A2E4"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_of_experts_that_overlap_no_size_is_predicted(name: str, structure: str, tmp_path: Path) -> None:
+    """A token uses what they have together, or as many neurons as its own experts; either is less than asked for."""
+    method = methods.configure("llama-moe", {"split": "sharing", "experts": structure})
+    model, budget = tiny_model(name), Budget(ratio=0.8, basis="block", tolerance=1)
+    shape, context = modeling.Decoder(model).shape, Context(scratch=tmp_path)
+    assert method.predict(shape, budget) is None
+    small = method.compress(model, None, budget, CALIBRATION, context)  # type: ignore[arg-type]
+    size, moes = shape.block, found(small)
+    for moe in moes:
+        own = [len(numbers) for numbers in moe.sets]
+        used = min(len({*torch.cat(moe.sets).tolist()}), sum(sorted(own)[-moe.layout.active :]))
+        size -= (shape.mlp_width - used) * channel_size(shape)
+        size += sum(parameter.numel() for parameter in moe.router.parameters())
+    counted = footprint(small).active_block
+    assert counted == size and not Budget(ratio=0.8, basis="block").accepts(counted / shape.block)
+    told = re.fullmatch(r"experts overlap: .* at most (.*)% of the MLP neurons, not (.*)% as asked", context.notes[-1])
+    assert told and float(told[1]) < float(told[2])
+    assert structure == "auto" or (told[2] == "50.0" and {moe.layout.active for moe in moes} == {2})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,7 +149,7 @@ def test_ratio_one_leaves_the_model_alone(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_padding_does_not_count(case: str, tmp_path: Path) -> None:
     """Windows with padding behind them are windows without it."""
-    if "gradient" in case:
+    if "gradient" in case or "sharing" in case:
         pytest.skip("windows are grouped by their own tokens: see test_windows")
     bare = RandomCalibration(samples=24, window=13)
 
@@ -180,6 +206,79 @@ def test_an_empty_text_is_refused(case: str, tmp_path: Path) -> None:
             RandomCalibration(samples=0),
             Context(scratch=tmp_path),
         )
+
+
+BY_WINDOWS = ("llama-moe gradient", "llama-moe sharing")
+BY_TOKENS = [case for case in CASES if case not in WITHOUT_TEXT and case not in BY_WINDOWS]
+
+
+def experts_of_tokens(case: str, tokens: int, tmp_path: Path, *, experts: int, text: RandomCalibration) -> None:
+    """Make so many experts, none of them shared, after so many tokens."""
+    structure = f"{'S0' * ('cmoe' in case)}A1E{experts}"
+    method = methods.configure(case.split()[0], {**CASES[case], "experts": structure, "tokens": str(tokens)})
+    budget, context = Budget(ratio=0.8, basis="block", tolerance=1), Context(scratch=tmp_path)
+    method.compress(tiny_model("llama-gqa"), None, budget, text, context)  # type: ignore[arg-type]
+
+
+def enough_for(case: str, experts: int) -> int:
+    """The fewest tokens: one per expert, of v2 one per expert after 40 %."""
+    return math.ceil(experts / 0.6) if case == "llama-moe-v2" else experts
+
+
+@pytest.mark.parametrize("case", BY_TOKENS)
+@pytest.mark.parametrize("experts", [2, 3, 6])
+def test_as_many_tokens_as_experts_are_needed(case: str, experts: int, tmp_path: Path) -> None:
+    """What is refused can be mended by what the message says."""
+    least = enough_for(case, experts)
+    experts_of_tokens(case, least, tmp_path, experts=experts, text=CALIBRATION)
+    for tokens in {1, least - 1}:
+        told = rf"cannot tell {experts} experts apart by {tokens} tokens?\b.*Use --set {case.split()[0]}.tokens=16384"
+        with pytest.raises(UserError, match=told) as refused:
+            experts_of_tokens(case, tokens, tmp_path, experts=experts, text=CALIBRATION)
+        fewer = re.search(r"fewer experts: --set \S+experts=E(\d+)$", str(refused.value))
+        if fewer:
+            assert 1 < int(fewer[1]) < experts
+            experts_of_tokens(case, tokens, tmp_path, experts=int(fewer[1]), text=CALIBRATION)
+        else:
+            assert tokens < enough_for(case, 2)
+
+
+@pytest.mark.parametrize("case", BY_TOKENS)
+def test_a_text_shorter_than_there_are_experts_is_refused(case: str, tmp_path: Path) -> None:
+    text = RandomCalibration(samples=1, window=4)
+    with pytest.raises(UserError, match="cannot tell 7 experts apart by 4 tokens.*such as --calibration NAME:16x512"):
+        experts_of_tokens(case, 16384, tmp_path, experts=7, text=text)
+
+
+@pytest.mark.parametrize("case", ["moefication", "g-moefication"])
+def test_one_token_trains_no_router(case: str, tmp_path: Path) -> None:
+    """It would be learned from and judged by; not even for one expert."""
+    with pytest.raises(UserError, match="by 1 token "):
+        experts_of_tokens(case, 1, tmp_path, experts=1, text=CALIBRATION)
+    experts_of_tokens(case, 2, tmp_path, experts=1, text=CALIBRATION)
+
+
+def louder(factor: float) -> PreTrainedModel:
+    """A model whose last block has large gates and ups: h is `factor` squared as large as it was."""
+    model = tiny_model("llama-gqa", dtype=torch.float32)
+    with torch.no_grad():
+        for linear in modeling.Decoder(model).layers[-1].mlp_inputs:
+            linear.weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("case", BY_TOKENS)
+def test_an_overflow_in_the_last_block_is_refused(case: str, tmp_path: Path) -> None:
+    """What its MLP reads is finite, and nothing comes behind it."""
+    with pytest.raises(UserError, match="overflows on the calibration text"):
+        compressed(case, louder(1e20), tmp_path)
+
+
+def test_an_overflow_of_squares_is_refused(tmp_path: Path) -> None:
+    """Where h is finite; what sums up |h| needs none."""
+    with pytest.raises(UserError, match="overflows on the calibration text"):
+        compressed("g-moefication", louder(1e10), tmp_path)
+    assert all(p.isfinite().all() for p in compressed("moefication", louder(1e10), tmp_path).parameters())
 
 
 @pytest.mark.parametrize("case", WITHOUT_TEXT)

@@ -161,6 +161,24 @@ def test_impossible_ratios_are_refused_with_what_is_possible() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "real"),
+    [("cmoe", "S3A3E8", 0.8396), ("llama-moe-v2", "S4A1E8", 0.7742), ("llama-moe", "A4E16", 0.5185)],
+)
+def test_a_whole_structure_is_for_its_own_ratio(name: str, text: str, real: float) -> None:
+    """Within the tolerance of the run, and not that of a grid of which it is a point."""
+    method, shape = expert_method(name, experts=text), llama()
+    for ratio in (real, real - 0.0095, real + 0.0095):
+        found = method.predict(shape, Budget(ratio=ratio))
+        assert found.active_total / shape.total == pytest.approx(real, abs=6e-5) and not found.grid_step
+    for ratio in (real - 0.011, real + 0.011, real - 0.06, real + 0.06):
+        with pytest.raises(UserError, match=rf"not reachable for {name}.*Use --ratios {real}, or --ratio-tolerance"):
+            method.predict(shape, Budget(ratio=ratio))
+    method.predict(shape, Budget(ratio=real + 0.06, tolerance=0.07))
+    number = expert_method(name, experts=text[text.index("E") :])
+    assert number.predict(shape, Budget(ratio=real + 0.02)).grid_step > 0.03
+
+
+@pytest.mark.parametrize(
     ("name", "settings", "told"),
     [
         ("cmoe", {"top": "0"}, "cmoe.top is 0"),
@@ -179,7 +197,13 @@ def test_impossible_ratios_are_refused_with_what_is_possible() -> None:
         ("llama-moe", {"scale": "-1"}, "scale -1"),
         ("llama-moe-v2", {"jitter": "1"}, "jitter=1"),
         ("llama-moe-v2", {"dense_ends": "-1"}, "dense_ends=-1"),
-        ("llama-moe-v2", {"mode": "vanilla", "jitter": "0.2"}, "jitter has no effect with mode=vanilla"),
+        ("llama-moe-v2", {"mode": "vanilla", "jitter": "0.2"}, "jitter=0.2 has no effect beside .*mode=vanilla"),
+        ("llama-moe", {"samples": "5"}, "samples=5 has no effect beside llama-moe.split=random"),
+        ("llama-moe", {"samples": "5", "split": "clustering"}, "samples=5 has no effect beside .*split=clustering"),
+        ("moefication", {"expert_neurons": "4", "experts": "E16"}, "expert_neurons=4 has no effect .*experts=E16"),
+        ("moefication", {"expert_neurons": "4", "experts": "A4E16"}, "expert_neurons=4 has no effect .*experts=A4E16"),
+        ("moefication", {"epochs": "0", "batch": "3"}, "batch=3 has no effect beside moefication.epochs=0"),
+        ("g-moefication", {"epochs": "0", "learning_rate": "1"}, "learning_rate=1.0 has no effect beside .*epochs=0"),
     ],
 )
 def test_bad_settings_are_refused(name: str, settings: dict[str, str], told: str) -> None:
@@ -192,6 +216,11 @@ def test_settings_that_do_something_are_accepted(router: str) -> None:
     expert_method("moefication", router=router, split="coactivation", tokens="9")
     expert_method("g-moefication", router=router, tokens="9")
     expert_method("moefication", tokens="9", epochs="1", batch="3", learning_rate="1")
+    expert_method("moefication", expert_neurons="4", experts="auto")
+    expert_method("moefication", epochs="0", tokens="9")
+    for split in ("gradient", "sharing"):
+        expert_method("llama-moe", split=split, samples="5")
+    expert_method("llama-moe-v2", jitter="0.2", tokens="9", samples="5", dense_ends="0")
 
 
 def test_a_method_says_three_things() -> None:

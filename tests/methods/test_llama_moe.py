@@ -12,7 +12,7 @@ from methods import experts, modeling
 from methods.base import Budget, Context
 from methods.errors import UserError
 from methods.expert_plans import Structure
-from methods.llama_moe import text_kinds
+from methods.llama_moe import LLaMAMoE, text_kinds
 from methods.llama_moe_v2 import LLaMAMoEv2, residual_split
 from methods.modeling.structures.moe_mlp import MoEMLP, mixtures
 from tests.methods.tiny import RandomCalibration, tiny_model
@@ -99,7 +99,30 @@ def test_splits_by_gradient(split: str, tmp_path: Path) -> None:
         assert members(moe) == expected
     if split == "sharing":
         gone = 1 - sum(moe.layout.neurons for moe in moes) / (48 * 4)
-        assert 0 < gone < 1 and f"{gone:.1%} of the MLP neurons" in context.notes[-1]
+        assert 0 < gone < 1 and f"{gone:.1%} of the MLP neurons" in context.notes[0]
+
+
+def test_as_many_overlapping_experts_as_come_nearest_to_disjoint_ones(tmp_path: Path) -> None:
+    """Two blocks of 24 neurons in six experts; those of the first have 24 together, of the second 8: 16 on average."""
+    wide, narrow = [*torch.arange(24).split(4)], [torch.arange(start, start + 4) for start in (0, 1, 2, 3, 4, 4)]
+    for active, nearest, note in ((2, 2, 0), (3, 4, 0), (4, 6, 0), (5, 6, 1)):
+        context, asked = Context(scratch=tmp_path), Structure(0, active, 6)
+        solved = LLaMAMoE(split="sharing").solved([wide, narrow], asked, 24, context)
+        assert solved == Structure(0, nearest, 6)
+        assert context.notes[0] == "33.3% of the MLP neurons are among the highest of no expert, and gone"
+        told = ["experts overlap: a token gets at most 66.7% of the MLP neurons, not 83.3% as asked"]
+        assert context.notes[1:] == told * note
+        given = LLaMAMoE(split="sharing", experts=f"A{active}E6")
+        assert given.solved([wide, narrow], asked, 24, context) == asked
+    (same,) = {LLaMAMoE(split="sharing").solved([narrow], Structure(0, 4, 6), 24, context)}
+    assert same.active == 4  # more would be no nearer
+
+
+def test_too_small_ratios_are_refused_of_overlapping_experts_too() -> None:
+    shape, sharing = modeling.Decoder(tiny_model("phi")).shape, LLaMAMoE(split="sharing")
+    with pytest.raises(UserError, match="0.3 is not reachable for llama-moe"):
+        sharing.predict(shape, Budget(ratio=0.3, basis="block"))
+    assert LLaMAMoE(split="sharing", experts="A7E8").predict(shape, Budget(ratio=0.5, basis="block")) is None
 
 
 def test_too_few_windows_are_refused(tmp_path: Path) -> None:
@@ -196,6 +219,8 @@ def test_every_token_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tokens are too few to be clustered for 47 experts"):
+    with pytest.raises(
+        UserError, match="cannot tell 47 experts apart by 40 tokens.*tokens=16384, or fewer.*experts=E24"
+    ):
         converted("llama-moe-v2", "llama-gqa", tmp_path, experts="S1A1E48", tokens="40")
     assert LLaMAMoEv2().tokens == 16384

@@ -14,6 +14,7 @@ from torch import Tensor
 import methods
 from methods import modeling
 from methods.base import Budget, Context
+from methods.errors import UserError
 from methods.expert_plans import Structure
 from methods.experts import coactivations, graph_parts, hidden, input_rows, mlp_inputs, random_parts, thinned
 from methods.modeling.structures.moe_mlp import MoEMLP, mixtures
@@ -174,6 +175,18 @@ def test_experts_are_clusters_of_input_rows(name: str) -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.full((len(rows),), float(len(layer.mlp_inputs)) ** 0.5))
     up = layer.mlp_inputs[-1].weight
     torch.testing.assert_close(rows[:, -32:].double(), up / up.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("router", ["similarity", "ground-truth"])
+@pytest.mark.parametrize("setting", ["epochs", "batch", "learning_rate"])
+@pytest.mark.parametrize("method", ["moefication", "g-moefication"])
+def test_routers_that_learn_nothing_take_no_settings_of_training(method: str, setting: str, router: str) -> None:
+    with pytest.raises(UserError, match=rf"{method}\.{setting}=1(\.0)? has no effect beside {method}.router={router}"):
+        methods.configure(method, {"router": router, setting: "1"})
+    if setting != "epochs":
+        with pytest.raises(UserError, match=rf"{setting}=1(\.0)? has no effect beside {method}.epochs=0"):
+            methods.configure(method, {"epochs": "0", setting: "1"})
+    methods.configure(method, {setting: "1"})
 
 
 # --- Every router behind every split ---
