@@ -94,6 +94,19 @@ def test_rounds_go_on_until_nothing_moves() -> None:
     assert len(set(labels[:4].tolist())) == len(set(labels[4:].tolist())) == 1
 
 
+def test_the_distance_and_the_rounds_are_those_asked_for() -> None:
+    """Each of them makes other experts here."""
+    active, found = random_activity(9, 24), []
+    order = active.sum(0).argsort(descending=True, stable=True)
+    cases: list[tuple[Any, int, int]] = [("l1", 1, 1), ("l2", 2, 1), ("l1", 1, 9), ("l2", 2, 9)]
+    for distance, norm, iterations in cases:
+        _, experts, nearest = CMoE(distance=distance, iterations=iterations).carve(active, Structure(0, 1, 4))
+        labels, members = assign(active[:, order].T.float(), [6] * 4, norm, iterations)
+        assert all(own.equal(order[labels == j]) for j, own in enumerate(experts)) and nearest.equal(order[members])
+        found.append(labels.tolist())
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+
+
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_the_router_is_a_neuron_of_each_expert(name: str, tmp_path: Path) -> None:
     dense, moes = modeling.Decoder(tiny_model(name)).layers, found(converted(name, tmp_path))

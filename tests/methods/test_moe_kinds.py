@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from methods import modeling
@@ -255,6 +256,38 @@ def test_a_model_has_the_mixtures_of_its_record(name: str) -> None:
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
+class Sums(TorchFunctionMode):
+    """Counts how often a tensor is summed up while open."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor, self.count = tensor, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is Tensor.sum and args[0] is self.tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("store", "path"), SETTINGS)
+def test_constants_are_summed_up_once_for_all_passes(store: str, path: str) -> None:
+    """And again where they have changed; gradients go through a sum of their own."""
+    moe, reference = make("llama-gqa", "constants")
+    moe, x, constants = with_setting(moe, store, path), draw_input(9), moe.get_parameter("constants")
+    with torch.no_grad(), Sums(constants) as sums:
+        y = moe(x)
+        assert moe(x[:1]).equal(moe(x[:1])) and moe(x).equal(y) and sums.count == 1
+        constants.mul_(2)
+        twice = moe(x)
+        assert moe(x).equal(twice) and sums.count == 2
+    chosen = moe.choose(moe.router(x)).experts_Tk
+    absent_ND = constants.detach() * torch.ones(9, 6).scatter(1, chosen, 0)[:, :, None]
+    assert_close(y, reference(x).detach(), 3e-5)
+    assert_close(twice, y + absent_ND.sum(1) / 2, 3e-5)
+    moe(x).sum().backward()
+    assert constants.grad is not None
+    assert constants.grad[:, 0].tolist() == (9 - chosen.flatten().bincount(minlength=6)).tolist()
+
+
 # --- Where neurons lie ---
 
 
@@ -320,6 +353,32 @@ def test_balance_moves_the_bias_against_the_loads_of_training() -> None:
     torch.testing.assert_close(gate.bias, torch.tensor([-1e-3, 0.0, 1e-3]))
     gate.eval()(logits_TN[:1], 1)
     assert gate.loads.tolist() == [2, 1, 0] and "loads" not in gate.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_of_the_balance_are_not_lost_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """2,000 of them lead beyond 0.5, and neither casts nor checkpoints round what they have made."""
+    model = converted("llama-gqa", "scaled", dtype).train()
+    model(input_ids=some_ids())
+    for moe in mixtures(model):
+        if moe is not None:
+            gate: Any = moe.gate
+            expected = gate.bias - 2 * (gate.loads - gate.loads.mean()).sign()
+            for _ in range(2000):
+                gate.balance()
+            torch.testing.assert_close(gate.bias, expected, rtol=0, atol=1e-3)
+            assert gate.bias.abs().max() > 0.5
+    model.eval().save_pretrained(tmp_path)
+    state, loaded = model.state_dict(), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype and logits(loaded).equal(logits(model))
+    copies = [copy.deepcopy(loaded) for _ in range(3)]
+    for other in (loaded, copies[0].to(dtype), copies[1].half(), copies[2].float()):  # pyright: ignore[reportArgumentType]
+        gates = {key: tensor for key, tensor in other.state_dict().items() if key.endswith(("gate.scale", "gate.bias"))}
+        loads = [buffer for name, buffer in other.named_buffers() if name.endswith("gate.loads")]
+        assert len(gates) == 6 and all(tensor.equal(state[key]) for key, tensor in gates.items())
+        assert {tensor.dtype for tensor in (*gates.values(), *loads)} == {torch.float32}
+    gate = moe_gates.ScaledGate(3, torch.zeros((), dtype=dtype)).to("meta", dtype)
+    assert gate.scale.is_meta and gate.bias.is_meta and gate.loads.is_meta  # where it was sent
 
 
 @pytest.mark.parametrize("case", ["top 2", "shared", "constants of one"])

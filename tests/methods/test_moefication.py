@@ -1,6 +1,6 @@
 """MoEfication and G-MoEfication: routers, targets and constants against the formulas, and what training is for."""
 
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,43 @@ def test_a_learning_rate_that_ruins_the_router_keeps_the_first_one() -> None:
     before = {key: value.clone() for key, value in router.state_dict().items()}
     trained = MoEfication(epochs=3, learning_rate=100.0).trained(router, x, targets, torch.Generator())
     assert all(value.equal(before[key]) for key, value in trained.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_step_is_of_binary_cross_entropy_against_shares_of_the_largest_of_the_batch() -> None:
+    """From logits of 0 the gradient is (1/2 - share) / 4, and what gradients were before does not count."""
+    router = torch.nn.Linear(2, 2, bias=False)
+    router.weight.zero_().grad = torch.ones(2, 2)
+    optimizer, targets = torch.optim.SGD(router.parameters(), lr=1.0), torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    MoEfication()._step(router, optimizer, torch.eye(2), targets)
+    shares = torch.tensor([[1 / 8, 2 / 8], [4 / 8, 8 / 8]])
+    torch.testing.assert_close(router.weight.T, (shares - 1 / 2) / 4)
+
+
+def test_adam_takes_published_steps_and_never_sees_what_chooses_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tenths of 2,000 tokens in four steps an epoch, each token once; the others, and no more, are looked at."""
+    steps: list[list[int]] = []
+    looked: list[set[int]] = []
+
+    def step(self: MoEfication, router: Any, optimizer: torch.optim.Optimizer, x: Tensor, targets: Tensor) -> None:
+        assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["lr"] == 0.01
+        assert x[:, 0].equal(targets[:, 0])
+        steps.append(x[:, 0].int().tolist())
+
+    def look(router: Any, x: Tensor, targets: Tensor) -> float:
+        assert x[:, 0].equal(targets[:, 0])
+        looked.append({*x[:, 0].int().tolist()})
+        return 0.0
+
+    monkeypatch.setattr(MoEfication, "_step", step)
+    monkeypatch.setattr("methods.moefication.captured", look)
+    tokens = torch.arange(2000.0)[:, None]
+    MoEfication().trained(modeling.MLPRouter(1, 1, cosine=True), tokens, tokens, torch.Generator())
+    assert [*map(len, steps)] == [512, 512, 512, 264] * 30
+    held_out, epochs = looked[0], [[*chain(*steps[i : i + 4])] for i in range(0, 120, 4)]
+    assert len(held_out) == 200 and looked == [held_out] * 31
+    assert all(sorted(epoch) == sorted({*range(2000)} - held_out) for epoch in epochs)
+    assert epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "opt"])

@@ -73,6 +73,11 @@ class Parts:
         """The union as experts have it."""
         return self.union if self.sole else replace(self.union, bias_D=None)
 
+    @cached_property
+    def total_D(self) -> Tensor | None:
+        """The sum of the constants."""
+        return None if self.constants_ND is None else self.constants_ND.sum(0)
+
     def mask_NU(self) -> Tensor:
         """0.0 and 1.0: multiplying by booleans takes seven times as long on a CPU."""
         mask_NU = self.union.down_wD.new_zeros(len(self.index_Nw), len(self.union.down_wD) + 1)
@@ -89,9 +94,9 @@ class Parts:
 
     def finish(self, choice: Choice, y_TD: Tensor) -> Tensor:
         """Add the constants of the experts that were not chosen."""
-        if self.constants_ND is None:
+        if self.constants_ND is None or self.total_D is None:
             return y_TD
-        return y_TD + (self.constants_ND.sum(0) - embedding(choice.experts_Tk, self.constants_ND).sum(1))
+        return y_TD + (self.total_D - embedding(choice.experts_Tk, self.constants_ND).sum(1))
 
 
 class Pseudo:
@@ -99,6 +104,8 @@ class Pseudo:
 
     paths: ClassVar[tuple[str, ...]] = ("masked",)
     """The ways for any number of tokens."""
+    total_D: Tensor | None
+    """The constants' sum, which is made with the store: a pass reads no constants but those of its experts."""
     fetches: int = 1
     """How often `sorted` moves an expert's weights."""
     ways: dict[str, Way]
@@ -106,7 +113,7 @@ class Pseudo:
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.union = parts, parts.union
-        self.mask_NU = parts.mask_NU()
+        self.mask_NU, self.total_D = parts.mask_NU(), parts.total_D
         self.ways = {"masked": self.masked}
 
     def masked(self, choice: Choice, x_TD: Tensor) -> Tensor:
