@@ -20,8 +20,10 @@ and no result of the paper. The third use of gradients, a shared part and disjoi
 were they disjoint, and misses ratios for which all that is in any expert is too little.
 
 Departs from the paper: the text is grouped by balanced k-means of its windows' mean token embeddings (theirs: sentence
-embeddings of the pre-training corpus); sizes differ by a neuron where E does not divide F; the training noise of the
-gate and its balance loss are left to whoever trains.
+embeddings of the pre-training corpus); k-means takes at most 100 rounds (500); sizes differ by a neuron where E does
+not divide F; the training noise of the gate and its balance loss are left to whoever trains. Absent: clusters of rows
+of gate or by cosine, the code's other importances (`feature_change`, `l1_norm`, `sample`), and the co-activation split
+that its authors advise against (`moefication` has one).
 """
 
 # Shape suffixes: D hidden size, F MLP neurons, N experts, W windows of the text.

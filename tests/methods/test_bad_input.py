@@ -18,7 +18,7 @@ from tests.methods.tiny import RandomCalibration, logits, tiny_model
 from tests.methods.training.small import tokenizer
 
 NAMES = [name for name in methods.names() if name != "dense"]
-WITHOUT_TEXT = {"random", "structured-magnitude", "magnitude"}
+WITHOUT_TEXT = {"random", "structured-magnitude", "magnitude", "llama-moe"}
 """Methods that look at no text."""
 WITHOUT_LIMIT = {"llm-surgeon"}
 """Methods that can make a model of next to nothing: one row and one column of every projection."""
