@@ -34,8 +34,9 @@ def projections(model: PreTrainedModel) -> list[str]:
     """The names of all linear layers inside blocks, but for those that choose: routers and value selectors."""
     names = {module: name for name, module in model.named_modules()}
     parts = [part for layer in Decoder(model).layers for part in layer.module.modules()]
-    choosing = {part.router for part in parts if isinstance(part, MoEMLP)}
-    choosing |= {inner for part in parts if isinstance(part, ValueSelector) for inner in part.modules()}
+    choosers = [part.router for part in parts if isinstance(part, MoEMLP)]
+    choosers += [part for part in parts if isinstance(part, ValueSelector)]
+    choosing = {inner for chooser in choosers for inner in chooser.modules()}
     return [names[part] for part in parts if isinstance(part, nn.Linear) and part not in choosing]
 
 

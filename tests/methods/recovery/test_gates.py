@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from methods import modeling
 from methods.modeling.structures.moe_gates import STEP
-from methods.modeling.structures.moe_routers import AnalyticRouter
+from methods.modeling.structures.moe_routers import AnalyticRouter, MLPRouter
 from methods.recovery import Recovery, adapters, gates
 from methods.training import loop
 from methods.training.data import Blocks
@@ -23,14 +23,16 @@ pytestmark = needs_peft
 STEPS = 5
 
 
-def mixture(gate: str, name: str = "llama-gqa") -> PreTrainedModel:
-    """Six experts, of which tokens get two, chosen as CMoE (`scaled`) or LLaMA-MoE (`softmax`) do."""
+def mixture(gate: str, name: str = "llama-gqa", layers: int = 1) -> PreTrainedModel:
+    """Six experts, of which tokens get two, chosen as CMoE (`scaled`) or LLaMA-MoE (`softmax`) do, by routers of one
+    or two layers."""
     model, draw = fresh(name), torch.Generator().manual_seed(0)
     for layer in modeling.Decoder(model).layers:
         parts = torch.randperm(layer.mlp_output.in_features, generator=draw).chunk(6)
         hidden = layer.mlp_inputs[0].in_features
         rows = [torch.randn(6, hidden, generator=draw) for _ in layer.mlp_inputs]
-        router = AnalyticRouter(rows, layer.mlp_activation) if gate == "scaled" else rows[0]
+        linear = MLPRouter(hidden, 6, cosine=False) if layers == 2 else rows[0]
+        router = AnalyticRouter(rows, layer.mlp_activation) if gate == "scaled" else linear
         modeling.convert_mlp(layer, router, parts, active=2, gate=gate)  # type: ignore[arg-type]
     return modeling.rebuild(model, {"moe_mlp": modeling.expert_record(model)})
 
@@ -113,7 +115,16 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     assert same(*made)
 
 
-def test_gates_without_weights_stay() -> None:
-    model = mixture("equal")
-    adapters.attach(model, Recovery())
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gates_without_weights_stay(layers: int) -> None:
+    model = mixture("equal", layers=layers)
+    assert not any("router" in name for name in adapters.attach(model, Recovery()))
     assert not gates.trained_gates(model) and not gates.balances(model)
+
+
+def test_routers_of_two_layers_are_trained_without_adapters(tmp_path: Path) -> None:
+    model = mixture("softmax", layers=2)
+    before = weights(model)
+    recover(model, tmp_path, steps=STEPS)
+    routers = [name for name in before if ".router." in name]
+    assert len(routers) == 8 and not any(model.state_dict()[name].equal(before[name]) for name in routers)
