@@ -106,6 +106,17 @@ def test_fine_tuning() -> None:
             assert record["metrics"][TEXT]["value"] == pytest.approx(float(text), abs=0.051)
 
 
+def test_fine_tuned_constructions() -> None:
+    rows = table("| construction, 307,200 tokens", 5)
+    assert {*rows} == {*CONSTRUCTIONS}
+    for title, written in rows.items():
+        cells = [(text, tuned) for text in (TEXT, "moby-dick/token_ppl@512") for tuned in (False, True)]
+        for (text, tuned), number in zip(cells, written, strict=True):
+            record = find("tiny-llama", CONSTRUCTIONS[title], 0.6, tuned=tuned)
+            assert record["metrics"][text]["value"] == pytest.approx(float(number), abs=0.051 if text == TEXT else 0.51)
+            assert not tuned or record["provenance"]["recovery"]["tokens"] == 307_200
+
+
 def test_the_paper_s_columns_are_the_published_ones() -> None:
     """Where the published numbers are at hand; their file is not part of the project."""
     published = ROOT.parent / "shared" / "published" / "table01_wikitext2_ppl_llama2.csv"
