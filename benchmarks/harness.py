@@ -7,63 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.evaluator import evaluate as lm_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from benchmarks import hub
 from benchmarks.metric import Metric
+from benchmarks.prefix_lm import PrefixLM
 from benchmarks.tasks import Task, definition, shots_label, task_folder
 from methods.errors import UserError
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from benchmarks.presets import Preset
     from methods.base import Progress
 
-_Base: Any = HFLM  # its registering decorator hides its type
-BATCHES_PER_STEP = 4
-"""Batches between two signs of progress."""
 FEWSHOT_SEED = 1234
 """lm-eval's own default for drawing solved examples."""
-
-
-class TrackedLM(_Base):
-    """A model in memory whose log-likelihood requests show their progress; lm-eval's own bars stay off.
-
-    lm-eval cuts the beginning off a prompt that the model has no room for; how often is counted.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, progress: "Progress", label: str) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._progress, self._label, self._step = progress, label, BATCHES_PER_STEP * batch_size
-        self.requests, self.truncated = 0, 0
-
-    def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-likelihood, is it the greedy choice) of each request."""
-        # Longest first, as lm-eval does within a step: documents of one length share a batch.
-        order = sorted(range(len(requests)), key=lambda index: -sum(map(len, requests[index].args)))
-        steps = [order[start : start + self._step] for start in range(0, len(order), self._step)]
-        answers: dict[int, tuple[float, bool]] = {}
-        for step in self._progress.track(steps, self._label):
-            found = super().loglikelihood([requests[index] for index in step], disable_tqdm=True)
-            answers |= dict(zip(step, found, strict=True))
-        return [answers[index] for index in range(len(requests))]
-
-    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
-        # The last token is predicted, never fed, so one more fits.
-        self._count([len(context) + len(continuation) - 1 for _, context, continuation in requests], self.max_length)
-        return super()._loglikelihood_tokens(requests, *arguments, **options)
-
-    def tok_batch_encode(self, strings: list[str], *arguments: Any, left_truncate_len: int, **options: Any) -> Any:
-        """The prompts of one batch to generate from, cut to their last `left_truncate_len` tokens."""
-        self._count([len(self.tok_encode(text)) for text in strings], left_truncate_len)
-        return super().tok_batch_encode(strings, *arguments, left_truncate_len=left_truncate_len, **options)
-
-    def _count(self, lengths: list[int], limit: int) -> None:
-        self.requests += len(lengths)
-        self.truncated += sum(length > limit for length in lengths)
 
 
 def evaluate(
@@ -75,9 +34,9 @@ def evaluate(
     progress: "Progress",
 ) -> tuple[dict[str, Metric], dict[str, dict[str, str]]]:
     """Run one task or group; see `benchmarks.tasks.evaluate`."""
-    loaded = _load(task)
+    loaded = load(task)
     labels = _labels(loaded)
-    lm = TrackedLM(model, tokenizer, settings.batch_size, progress, task.name)
+    lm = PrefixLM(model, tokenizer, settings.batch_size, progress, task.name)
     results: Any = lm_evaluate(lm, loaded, limit=settings.documents)
     for name, samples in results["samples"].items():
         write_samples(samples, samples_dir / f"{name}@{labels[name]}.jsonl.gz")
@@ -90,7 +49,7 @@ def evaluate(
     return metrics, {"dataset_revisions": revisions, "task_versions": versions}
 
 
-def _load(task: Task) -> Any:
+def load(task: Task) -> Any:
     """lm-eval's task objects, set to the asked number of solved examples, else each to its own."""
     folder = task_folder(definition(task.source))
     # Indexing everything takes ten seconds, one folder milliseconds; only `benchmarks` refers to other folders.

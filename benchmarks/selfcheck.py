@@ -5,6 +5,7 @@
     python -m benchmarks.selfcheck experts           # an MLP of experts beside the dense one, by store and tokens
     python -m benchmarks.selfcheck constructions     # the same, cut as each method that makes experts does it
     python -m benchmarks.selfcheck decode            # a token of a sparse model beside one of the dense model
+    python -m benchmarks.selfcheck evaluator         # scoring tasks beside stock lm-eval
     python -m benchmarks.selfcheck training          # a ToMoE training step beside a plain forward pass
     python -m benchmarks.selfcheck kill --times 20   # SIGKILL a running matrix at random moments, compare the records
 
@@ -128,6 +129,13 @@ def decode(tokens: int) -> None:
     decode_speed.report(tokens)
 
 
+def evaluator(repeats: int) -> None:
+    """How long tasks take to score, beside stock lm-eval."""
+    from benchmarks import evaluator_speed
+
+    evaluator_speed.report(repeats)
+
+
 def training(repeats: int) -> None:
     """How long a step of training takes beside a forward pass."""
     from benchmarks import training_cost
@@ -205,6 +213,7 @@ CHECKS: dict[str, tuple[Callable[[int], None], int]] = {
     "experts": (experts, 5),
     "constructions": (constructions, 5),
     "decode": (decode, 40),
+    "evaluator": (evaluator, 3),
     "training": (training, 5),
     "kill": (kill, 20),
 }
