@@ -202,7 +202,6 @@ def _inputs(rows: Sequence[Row], lengths: Tokens, before: int, dtype: torch.dtyp
     for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         seen[number, 0, :, :length] = True
         seen[number, 0, : row.size, before : before + row.size] = row.ancestors()
-    seen[..., before:] |= np.eye(ids.shape[1], dtype=bool)  # padding must see something
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(torch.from_numpy(~seen), torch.finfo(dtype).min)
     positions = _padded([length + row.depths for row, length in zip(rows, lengths, strict=True)])
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
