@@ -1,6 +1,6 @@
 """The zero-shot table, like the paper's Table 3, and its few-shot sibling: a row per model, ratio and method."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from reports.comparison import (
     IDENTITY,
@@ -14,6 +14,7 @@ from reports.comparison import (
 )
 from reports.records import Record
 from reports.results import Result
+from reports.standings import Names, Standings, standings
 from reports.tables import LEGEND, Cell, Column, Table, legend
 
 QUANTITIES = ("acc_norm", "acc")
@@ -26,14 +27,32 @@ CAPTION = (
 
 def zero_shot_table(results: Sequence[Result]) -> Table | None:
     """Tasks without examples in the prompt; None where none was measured."""
-    names = [name for name in judged(results) if name.protocol == "0shot"]
-    return _table(results, names, "zero-shot", "Zero-shot tasks")
+    return _table(results, zero_shot(results), "zero-shot", "Zero-shot tasks")
 
 
 def few_shot_table(results: Sequence[Result]) -> Table | None:
     """Tasks with examples in the prompt; None where none was measured."""
-    names = [name for name in judged(results) if name.protocol != "0shot"]
-    return _table(results, names, "few-shot", "Few-shot tasks")
+    return _table(results, few_shot(results), "few-shot", "Few-shot tasks")
+
+
+def zero_shot(results: Sequence[Result]) -> list[MetricName]:
+    """The columns of the zero-shot table."""
+    return [name for name in judged(results) if name.protocol == "0shot"]
+
+
+def few_shot(results: Sequence[Result]) -> list[MetricName]:
+    """The columns of the few-shot table."""
+    return [name for name in judged(results) if name.protocol != "0shot"]
+
+
+def task_standings(results: Sequence[Result], names: Sequence[MetricName]) -> Standings:
+    """Who is best at which task, and on the average."""
+    return standings(tuple(results), _contested(names))
+
+
+def _contested(names: Sequence[MetricName]) -> tuple[Names, ...]:
+    every = tuple(map(str, names))
+    return *((name,) for name in every), *([every] if len(every) > 1 else [])
 
 
 def judged(results: Sequence[Result]) -> list[MetricName]:
@@ -72,7 +91,8 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
     if not measured:
         return None
     tasks = [Measured(str(name), measured) for name in names]
-    rows = tuple((*identity(result), *task_cells(result, tasks)) for result in measured)
+    standing = task_standings(results, names)
+    rows = tuple((*identity(result), *_marked(result, tasks, names, standing)) for result in measured)
     return Table(
         name=file_name,
         title=title,
@@ -82,10 +102,18 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
         notes=(
             *legend(rows),
             *(difference for task in tasks for difference in task.differences()),
+            *standing.notes(),
             *remarks(measured),
             f"Documents: {'; '.join(f'{task.name} {task.count()}' for task in tasks)}.",
         ),
     )
+
+
+def _marked(
+    result: Result, tasks: Sequence[Measured], names: Sequence[MetricName], standing: Standings
+) -> Iterator[Cell]:
+    for cell, column in zip(task_cells(result, tasks), _contested(names), strict=True):
+        yield standing.cell(cell, result, column)
 
 
 def task_columns(names: Sequence[MetricName]) -> tuple[Column, ...]:

@@ -89,20 +89,22 @@ class Measured:
         return " or ".join(dict.fromkeys(f"{count.value:g} of {count.n}" for count in counts))
 
     def _difference(self, result: Result) -> str:
-        own, others = _by_label(result.conditions(self.name)), _by_label(self.reference)
-        parts = [
-            f"{label} {_either(own[label])}, not {_either(others[label])}"
-            for label in sorted({*own, *others})
-            if own[label] != others[label]
-        ]
-        mixed = sorted(differing(result.conditions(self.name)))
-        return "; ".join(parts) or f"has seeds of different {', '.join(mixed)}"
+        conditions = result.conditions(self.name)
+        mixed = sorted(differing(conditions))
+        return difference(conditions, self.reference) or f"has seeds of different {', '.join(mixed)}"
 
     def count(self) -> str:
         """On how many windows, documents or repeats it was measured, as in `8 or 40`."""
         records = (record for result in self.results for record in result.records)
         counts = {record.metrics[self.name].n for record in records if self.name in record.metrics}
         return " or ".join(str(count) for count in sorted(counts))
+
+
+def difference(own: frozenset[Settings], others: frozenset[Settings]) -> str:
+    """In which conditions two measurements differ, as in `task version 2.0, not 1.0`; empty where in none."""
+    mine, theirs = _by_label(own), _by_label(others)
+    labels = (label for label in sorted({*mine, *theirs}) if mine[label] != theirs[label])
+    return "; ".join(f"{label} {_either(mine[label])}, not {_either(theirs[label])}" for label in labels)
 
 
 def _by_label(conditions: frozenset[Settings]) -> defaultdict[str, set[str]]:

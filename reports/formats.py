@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.runtime import LoopContext
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from tabulate import tabulate
 
 from reports.tables import Cell, Column, Table, plain
@@ -46,6 +46,7 @@ LATEX = {
     "‡": r"\textdaggerdbl{}",
     "§": r"\textsection{}",
     "±": r"\textpm{}",
+    "≈": r"\ensuremath{\approx}",
 }
 
 
@@ -59,6 +60,11 @@ def escape_latex(text: str) -> Markup:
     """`text` as LaTeX sets it; a character it has no glyph for is named, as in [U+6A21]."""
     escaped = "".join(LATEX.get(char) or (char if char.isascii() else _named(char)) for char in plain(text))
     return Markup(escaped.replace("--", "-{}-"))
+
+
+def escape_html(text: str) -> Markup:
+    """`text` as a page shows it."""
+    return escape(plain(text))
 
 
 def _named(char: str) -> str:
@@ -83,7 +89,7 @@ TEX = _environment(
     comment_start_string="<#",
     comment_end_string="#>",
 )
-HTML = _environment(finalize=lambda value: plain(str(value)), autoescape=True)
+HTML = _environment(finalize=_finalize(escape_html), autoescape=True)
 
 
 def markdown(table: Table) -> str:
@@ -94,7 +100,7 @@ def markdown(table: Table) -> str:
 def _grid(table: Table) -> Markup:
     return Markup(
         tabulate(
-            [[escape_markdown(text) for text in row] for row in table.shown],
+            _texts(table, escape_markdown, "**{}**"),
             headers=[escape_markdown(str(column)) for column in table.columns],
             tablefmt="pipe",
             colalign=["left" if column.text else "right" for column in table.columns],
@@ -103,9 +109,20 @@ def _grid(table: Table) -> Markup:
     )
 
 
+def _texts(table: Table, escaped: Callable[[str], Markup], bold: str) -> list[list[Markup]]:
+    """The shown cells as markup, the best in bold."""
+    rows = zip(table.shown, table.rows, strict=True)
+    return [
+        [Markup(bold).format(escaped(text)) if cell.best else escaped(text) for text, cell in zip(*row, strict=True)]
+        for row in rows
+    ]
+
+
 def latex(table: Table) -> str:
     """A document that compiles as it is, with a booktabs table to copy from."""
-    return TEX.get_template("table.tex").render(table=table, spans=_spans(table), rules=_rules(table), end=_latex_end)
+    rows = _texts(table, escape_latex, r"\textbf{{{}}}")
+    template = TEX.get_template("table.tex")
+    return template.render(table=table, rows=rows, spans=_spans(table), rules=_rules(table), end=_latex_end)
 
 
 def _latex_end(loop: LoopContext) -> Markup:
@@ -114,7 +131,8 @@ def _latex_end(loop: LoopContext) -> Markup:
 
 def html(table: Table) -> str:
     """A page of its own."""
-    return HTML.get_template("table.html").render(table=table, spans=_spans(table))
+    rows = _texts(table, escape_html, "<strong>{}</strong>")
+    return HTML.get_template("table.html").render(table=table, rows=rows, spans=_spans(table))
 
 
 def _spans(table: Table) -> list[tuple[str, int]]:
@@ -132,7 +150,7 @@ def _rules(table: Table) -> Iterator[tuple[int, int]]:
 
 
 def comma_separated(table: Table) -> str:
-    """Numbers at full precision; errors, and remarks with marks, in columns of their own where a column has any."""
+    """Numbers at full precision; a column's errors, and its remarks, marks and `best`, in columns of their own."""
     cells = zip(*table.rows, strict=True)
     columns = (part for column, below in zip(table.columns, cells, strict=True) for part in _csv_columns(column, below))
     stream = io.StringIO()
@@ -145,8 +163,8 @@ def _csv_columns(column: Column, cells: Sequence[Cell]) -> Iterator[list[str]]:
     yield [label, *(_exact(cell.value) for cell in cells)]
     if any(cell.error is not None for cell in cells):
         yield [f"{label} ±", *(_exact(cell.error) for cell in cells)]
-    if any(cell.remark or cell.marks for cell in cells):
-        yield [f"{label} remarks", *(plain(f"{cell.remark} {cell.marks}") for cell in cells)]
+    if any(cell.remark or cell.marks or cell.best for cell in cells):
+        yield [f"{label} remarks", *(plain(f"{cell.remark} {'best' * cell.best} {cell.marks}") for cell in cells)]
 
 
 def _exact(value: str | float | None) -> str:

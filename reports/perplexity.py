@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse, plus_minus, remarks
 from reports.results import FINE_TUNED, Result, by_model
+from reports.standings import Standings, standings
 from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
 
 Slot = tuple[MetricName, float]
@@ -18,13 +19,16 @@ CAPTION = (
 
 def perplexity_table(results: Sequence[Result]) -> Table | None:
     """The table of every `token_ppl` metric, None where there is none. Windows are compared within a model."""
-    names = [name for name in metric_names(results) if name.quantity == "token_ppl"]
+    names = texts(results)
     groups = by_model([result for result in results if any(result.metric(str(name)) for name in names)])
     if not groups:
         return None
     slots = _slots(names, groups)
     compared = [[Measured(str(name), group) for name in names] for group in groups]
-    rows = tuple(row for group, metrics in zip(groups, compared, strict=True) for row in _rows(group, metrics, slots))
+    standing = perplexity_standings(results)
+    rows = tuple(
+        row for group, metrics in zip(groups, compared, strict=True) for row in _rows(group, metrics, slots, standing)
+    )
     flat = [metric for metrics in compared for metric in metrics]
     measured = [result for group in groups for result in group]
     return Table(
@@ -40,10 +44,21 @@ def perplexity_table(results: Sequence[Result]) -> Table | None:
         notes=(
             *legend(rows),
             *(text for metric in flat for text in metric.differences()),
+            *standing.notes(),
             *remarks(measured),
             _windows(flat),
         ),
     )
+
+
+def texts(results: Sequence[Result]) -> list[MetricName]:
+    """Every perplexity that was measured."""
+    return [name for name in metric_names(results) if name.quantity == "token_ppl"]
+
+
+def perplexity_standings(results: Sequence[Result]) -> Standings:
+    """Who is best on which text."""
+    return standings(tuple(results), tuple((str(name),) for name in texts(results)))
 
 
 def _slots(names: Sequence[MetricName], groups: Sequence[Sequence[Result]]) -> list[Slot]:
@@ -57,13 +72,15 @@ def _window(name: MetricName) -> int:
     return int(name.protocol) if name.protocol.isdecimal() else 0
 
 
-def _rows(group: Sequence[Result], metrics: Sequence[Measured], slots: Sequence[Slot]) -> Iterator[tuple[Cell, ...]]:
+def _rows(
+    group: Sequence[Result], metrics: Sequence[Measured], slots: Sequence[Slot], standing: Standings
+) -> Iterator[tuple[Cell, ...]]:
     """One row per method of a model; `metrics` are the model's."""
     by_name = {metric.name: metric for metric in metrics}
     found = {(result.method, result.ratio): result for result in group}
     for method in _ordered(result.method for result in group):
         at = ((by_name[str(name)], found.get((method, ratio))) for name, ratio in slots)
-        yield Cell(group[0].model), Cell(method), *(_cell(metric, result) for metric, result in at)
+        yield Cell(group[0].model), Cell(method), *(_cell(metric, result, standing) for metric, result in at)
 
 
 def _ordered(methods: Iterable[str]) -> list[str]:
@@ -73,13 +90,13 @@ def _ordered(methods: Iterable[str]) -> list[str]:
     return sorted(met, key=lambda method: (plain.index(method.partition(FINE_TUNED)[0]), method))
 
 
-def _cell(metric: Measured, result: Result | None) -> Cell:
+def _cell(metric: Measured, result: Result | None, standing: Standings) -> Cell:
     if result is None or result.metric(metric.name) is None:
         return Cell(None)
     cell = metric.cell(result)
     remarks = [remark for remark in (achieved_remark(result), cell.remark) if remark]
     marks = cell.marks + ("" if result.on_budget else OFF_BUDGET)
-    return replace(cell, remark=", ".join(remarks), marks=marks)
+    return standing.cell(replace(cell, remark=", ".join(remarks), marks=marks), result, (metric.name,))
 
 
 def _windows(metrics: Sequence[Measured]) -> str:

@@ -15,6 +15,7 @@ from reports.formats import FORMATS, MARKDOWN, markdown
 from reports.perplexity import perplexity_table
 from reports.records import Record, ReportError
 from reports.results import FINE_TUNED, pool
+from reports.significance import intervals_table, significance_table
 from reports.summary import cautions, facts
 from reports.tables import UNLIKE, Cell, Column, Table, percent
 
@@ -24,6 +25,8 @@ BUILDERS = (
     constructions_table,
     zero_shot_table,
     few_shot_table,
+    significance_table,
+    intervals_table,
     size_table,
     compression_table,
     speed_table,
@@ -34,6 +37,8 @@ TABLES = (
     "constructions",
     "zero-shot",
     "few-shot",
+    "significance",
+    "intervals",
     "size",
     "compression",
     "speed",
@@ -54,6 +59,8 @@ def files(records: Sequence[Record]) -> dict[str, str]:
         tables=[(table, Markup(markdown(table))) for table in tables],
         formats=list(FORMATS),
         plus_minus=plus_minus(results),
+        best=any(cell.best for table in tables for row in table.rows for cell in row),
+        tested=next((table.title for table in tables if table.name == "significance"), ""),
         alike=not any(UNLIKE in cell.marks for table in tables for row in table.rows for cell in row),
         fine_tuned=any(result.fine_tuned for result in results),
         done=sum(record.status == "done" for record in records),

@@ -31,9 +31,9 @@ class Pooled:
     """How many seeds were measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """The records that differ in nothing but their seed."""
+    """The records that differ in nothing but their seed; equal to nothing but itself."""
 
     model: str
     """Its name as on the command line."""

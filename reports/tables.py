@@ -11,8 +11,10 @@ from dataclasses import dataclass
 OFF_BUDGET = "†"
 UNLIKE = "‡"
 CUT = "§"
+TIED = "≈"
 LEGEND = {
     OFF_BUDGET: "off budget: the counted share of active parameters misses the asked ratio by more than its tolerance.",
+    TIED: "not significantly worse than the best of its model and ratio (bold), see the table significance.",
     UNLIKE: "measured under other conditions than the rest of its column, so not to be compared with it:",
     CUT: "measured on prompts that were cut at their start to fit the model's limit of tokens, as counted below.",
 }
@@ -30,9 +32,14 @@ class Cell:
     """Shown in brackets behind the number."""
     marks: str = ""
     """Keys of `LEGEND`."""
+    best: bool = False
+    """Whether it is set in bold."""
+    digits: str = ""
+    """How the number is written for readers, where two decimals would not do."""
 
     def __str__(self) -> str:
-        shown = plain(self.value) if isinstance(self.value, str) else number(self.value, self.error)
+        value = self.digits or self.value
+        shown = plain(value) if isinstance(value, str) else number(value, self.error)
         return f"{shown}{f' ({plain(self.remark)})' if self.remark else ''}{self.marks}"
 
 

@@ -1,8 +1,10 @@
 """Plausible records: two models, three methods, two ratios; no model was run for them."""
 
+import gzip
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,27 @@ def failed(model: str, method: str, ratio: float, error: str, status: str = "fai
     return record(model, method, ratio, status=status, error=error, size={}, metrics={})
 
 
+def sampled(
+    content: dict[str, Any], scores: Mapping[str, Sequence[float]], documents: str = "documents"
+) -> dict[str, Any]:
+    """The record with metrics that rest on these scores (nats of a window for `token_ppl`) and with their samples.
+
+    `documents` names the data: records that give it another name saw other documents.
+    """
+    files: dict[str, list[dict[str, Any]]] = {}
+    metrics = {}
+    for name, values in scores.items():
+        path, _, protocol = name.rpartition("@")
+        source, _, quantity = path.rpartition("/")
+        windows, mean = quantity == "token_ppl", math.fsum(values) / len(values)
+        metrics[name] = _metric(math.exp(mean) if windows else mean, 0.01, len(values))
+        rows = files.setdefault(f"ppl-{source}@{protocol}" if windows else f"{source}@{protocol}", [])
+        rows += [{"id": index, "hash": f"{source} {documents} {index}"} for index in range(len(rows), len(values))]
+        for row, value in zip(rows, values, strict=True):
+            row |= {"nll": value, "tokens": 511} if windows else {"correct": row.get("correct", {}) | {quantity: value}}
+    return content | {"metrics": metrics, "samples": files}
+
+
 def matrix() -> list[dict[str, Any]]:
     """Dense, shortgpt and slicegpt at two ratios on two models, one cell of them failed and one off budget."""
     records = [record(model) for model in DENSE]
@@ -61,8 +84,16 @@ def write(results: Path, records: list[dict[str, Any]]) -> Path:
         cell = content["cell"]
         path = results / str(len(list(results.rglob("*.json")))) / cell["id"] / "record.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(content, indent=1))
+        path.write_text(json.dumps({key: content[key] for key in content if key != "samples"}, indent=1))
+        for name, rows in content.get("samples", {}).items():
+            write_samples(path.parent / "samples" / f"{name}.jsonl.gz", rows)
     return results
+
+
+def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line per document."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
 
 
 def _put(content: dict[str, Any], key: str, value: Any) -> None:

@@ -36,7 +36,9 @@ class Grid(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Open a row or a cell; nothing may be marked up inside a cell."""
+        """Open a row or a cell; nothing but the best may be marked up inside a cell."""
+        if tag == "strong":
+            return
         assert not self.inside, f"<{tag}> inside a cell"
         self.inside = tag == "td"
         if tag == "tr":
@@ -67,6 +69,7 @@ def read_markdown(text: str) -> list[list[str]]:
 def read_latex(text: str) -> list[list[str]]:
     """The body of a tabular, each cell as LaTeX sets it."""
     body = text.split("\\midrule\n", 1)[1].split("\\bottomrule")[0].replace("\\midrule\n", "")
+    body = re.sub(r"\\textbf\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", body)
     lines = [line.removesuffix(r" \\") for line in body.splitlines()]
     return [[undone(cell.strip()) for cell in re.split(r"(?<!\\)& ", line)] for line in lines]
 
@@ -81,10 +84,11 @@ def undone(cell: str) -> str:
 LATEX_NAMES = {
     **{"textbackslash": "\\", "textasciicircum": "^", "textasciitilde": "~", "textless": "<", "textgreater": ">"},
     **{"textbar": "|", "textquotesingle": "'", "textasciigrave": "`", "textdagger": "†", "textdaggerdbl": "‡"},
-    **{"textpm": "±", "textsection": "§", "ttfamily": '"'},
+    **{"textpm": "±", "textsection": "§", "approx": "≈", "ttfamily": '"'},
 }
 LATEX_TOKEN = re.compile(
-    r"""\\(text[a-z]+)\{\}         # a named sign
+    r"""\\ensuremath\{\\(approx)\}
+    | \\(text[a-z]+)\{\}         # a named sign
     | \{\\(ttfamily)\\char34\}    # a straight quote
     | \\([{}$&#%_])              # a sign of LaTeX's own
     | \{([][*])\}               # what the end of a row would take for its option
@@ -154,6 +158,23 @@ def assert_same_number(text: str, value: str, error: str) -> None:
     assert len(shown) == (value != "") + (error != "")
     for short, long in zip(shown, (value, error), strict=False):
         assert float(short) == round(float(long), len(short.partition(".")[2]))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "bold"),
+    [("md", r"**1.50 (\*a\_)**"), ("html", "<strong>1.50 (*a_)</strong>"), ("tex", r"\textbf{1.50 ({*}a\_)}")],
+)
+def test_the_best_is_bold_and_escaped(suffix: str, bold: str) -> None:
+    table = table_of((Cell("a"), Cell(1.5, remark="*a_", best=True)), (Cell("b"), Cell(1.5, marks="≈")))
+    text = FORMATS[suffix](table)
+    assert text.count(bold) == 1
+    assert READERS[suffix](text) == [["a", "1.50 (*a_)"], ["b", "1.50≈"]]
+    assert "1.5,*a_ best" in FORMATS["csv"](table) and "1.5,≈" in FORMATS["csv"](table)
+
+
+def test_a_number_may_be_written_otherwise_for_readers() -> None:
+    table = table_of((Cell("a"), Cell(0.0004, digits="<0.001")))
+    assert table.shown == [["a", "<0.001"]] and "a,0.0004" in FORMATS["csv"](table)
 
 
 def test_a_block_is_named_once_and_ruled_off() -> None:

@@ -14,6 +14,7 @@ from reports.render import TABLES, files, write
 from tests.reports import factory
 
 ROOT = Path(__file__).parents[2]
+SCORES = {"wikileads/token_ppl@512": [3.0, 3.5, 2.5]}
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -34,7 +35,7 @@ def test_command_writes_the_report_and_every_table_in_every_format(tmp_path: Pat
     assert (done.returncode, done.stderr) == (0, "")
     assert str(tmp_path / "out" / "report.md") in done.stdout
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()} == expected
-    tables = ("perplexity", "zero-shot", "size", "compression", "speed", "unfinished")
+    tables = ("perplexity", "zero-shot", "intervals", "size", "compression", "speed", "unfinished")
     assert set(expected) == {"report.md", *(f"{table}.{suffix}" for table in tables for suffix in FORMATS)}
 
 
@@ -43,7 +44,16 @@ def test_report_holds_head_reading_aid_every_table_and_the_failed_cell_last(tmp_
     report = found["report.md"]
     headings = re.findall(r"^## (.+)$", report, re.MULTILINE)
     assert headings == [
-        *("What was run", "How to read the tables", "Perplexity", "Zero-shot tasks", "Size", "Compression", "Speed"),
+        *(
+            "What was run",
+            "How to read the tables",
+            "Perplexity",
+            "Zero-shot tasks",
+            "Intervals of accuracies",
+            "Size",
+            "Compression",
+            "Speed",
+        ),
         "Failed and skipped cells",
     ]
     assert "4f2a9c1 with uncommitted changes" in report
@@ -93,6 +103,7 @@ def test_every_table_is_known_by_name(tmp_path: Path) -> None:
     metrics = factory.record()["metrics"] | {"arc_easy/acc@5shot": {"value": 0.5, "stderr": None, "n": 9}}
     records = [factory.record(metrics=metrics), factory.record(method="wanda", ratio=0.6)]
     records += [factory.record(method="cmoe", ratio=0.6), factory.failed("tiny-llama", "shortgpt", 0.6, "boom")]
+    records += [factory.sampled(factory.record(method=name, ratio=0.7), SCORES) for name in ("sleb", "slicegpt")]
     found = files(read_all(factory.write(tmp_path, records)))
     assert {name for name in found if name != "report.md"} == {f"{table}.{x}" for table in TABLES for x in FORMATS}
 

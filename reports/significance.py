@@ -1,0 +1,124 @@
+"""What the marks in the tables rest on: every test against the best, and the intervals of single accuracies."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from reports.accuracy import few_shot, task_standings, zero_shot
+from reports.comparison import IDENTITY, MetricName, identity
+from reports.perplexity import perplexity_standings
+from reports.results import Result
+from reports.standings import Race, Rival, Standings, lower_is_better
+from reports.statistics import wilson
+from reports.tables import Cell, Column, Table, legend, percent
+
+CAPTION = (
+    "Each method against the best of its model, asked ratio and column. The difference is that method's number minus "
+    "the best's, in points (per cent of right answers), or divided by it, for perplexity; with its 95 % interval, not "
+    "corrected for the number of comparisons. p is two-sided; p (Holm) is corrected over all tests of the named table "
+    "and decides the verdict, at a level of 5 %."
+)
+COLUMNS = (
+    Column("Table", text=True),
+    Column("Model", text=True),
+    Column("Asked, %"),
+    Column("Measured", text=True),
+    Column("Best", text=True),
+    Column("Method", text=True),
+    Column("Difference"),
+    Column("from", "95 % interval"),
+    Column("to", "95 % interval"),
+    Column("Unit", text=True),
+    Column("p"),
+    Column("p (Holm)"),
+    Column("Verdict", text=True),
+)
+UNTESTED = (None,) * 3
+
+
+def significance_table(results: Sequence[Result]) -> Table | None:
+    """Every comparison with the best; None where none could be tested."""
+    tested = {"perplexity": perplexity_standings(results)} | {
+        name: task_standings(results, names)
+        for name, names in (("zero-shot", zero_shot(results)), ("few-shot", few_shot(results)))
+    }
+    rows = tuple(row for name, standing in tested.items() if _any(standing) for row in _rows(name, standing))
+    if not rows:
+        return None
+    return Table(name="significance", title="Significance of differences", caption=CAPTION, columns=COLUMNS, rows=rows)
+
+
+def _any(standing: Standings) -> bool:
+    return any(rival.found for race in standing.races for rival in race.rivals)
+
+
+def _rows(table: str, standing: Standings) -> Iterator[tuple[Cell, ...]]:
+    """A row per method that was tested; what was not shares a row where the reason is the same."""
+    for race in standing.races:
+        best = race.best
+        measured = race.names[0] if len(race.names) == 1 else f"average of {len(race.names)} tasks"
+        head = (*map(Cell, (table, best.model, percent(best.ratio), measured, best.method)),)
+        for rival in race.rivals:
+            if rival.found:
+                yield *head, Cell(rival.result.method), *_tested(race, rival)
+        untested = sorted((rival for rival in race.rivals if not rival.found), key=lambda rival: rival.why)
+        for why, held in groupby(untested, key=lambda rival: rival.why):
+            methods = "; ".join(rival.result.method for rival in held)
+            gap = (*map(Cell, UNTESTED), Cell(""), Cell(None), Cell(None))
+            yield *head, Cell(methods), *gap, Cell(f"not tested: {why}")
+
+
+def _tested(race: Race, rival: Rival) -> tuple[Cell, ...]:
+    found = rival.found
+    assert found
+    ratio = lower_is_better(race.names)
+    ends = (found.value, found.low, found.high)
+    return (
+        *(_ratio(value) if ratio else _points(value) for value in ends),
+        Cell("ratio" if ratio else "points"),
+        *(Cell(p, digits=probability(p)) for p in (found.p, rival.adjusted)),
+        Cell("tied" if rival.tied else "worse"),
+    )
+
+
+def _ratio(nats: float) -> Cell:
+    ratio = math.exp(nats) if nats < 700 else math.inf
+    return Cell(ratio, digits=f"{ratio:.3f}")
+
+
+def _points(share: float) -> Cell:
+    """A difference of shares in points; an interval of few documents may reach further than there is."""
+    return Cell(100 * max(-1.0, min(1.0, share)))
+
+
+def probability(p: float) -> str:
+    """A p-value as papers print it."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def intervals_table(results: Sequence[Result]) -> Table | None:
+    """95 % intervals of every accuracy of the task tables; None without tasks."""
+    names = [*zero_shot(results), *few_shot(results)]
+    measured = [result for result in results if any(result.metric(str(name)) for name in names)]
+    if not measured:
+        return None
+    intervals = ((cell for name in names for cell in _interval(result, name)) for result in measured)
+    rows = tuple((*identity(result), *cells) for result, cells in zip(measured, intervals, strict=True))
+    return Table(
+        name="intervals",
+        title="Intervals of accuracies",
+        caption="95 % Wilson intervals of the right answers in per cent, by task and metric: where the accuracy on "
+        "ever more such documents would lie. Results of several seeds have none. Differences between methods on the "
+        "same documents are surer than these intervals suggest, see the table significance.",
+        columns=(*IDENTITY, *(Column(end, str(name)) for name in names for end in ("from", "to"))),
+        rows=rows,
+        notes=tuple(legend(rows)),
+    )
+
+
+def _interval(result: Result, name: MetricName) -> tuple[Cell, Cell]:
+    metrics = [record.metrics[str(name)] for record in result.records if str(name) in record.metrics]
+    if len(metrics) != 1:
+        return Cell(None), Cell(None)
+    low, high = wilson(metrics[0].value, metrics[0].n)
+    return Cell(100 * low), Cell(100 * high)
