@@ -32,9 +32,9 @@ class Preset:
     speed_new_tokens: int
     """Tokens the speed task decodes."""
     speed_batches: tuple[int, ...]
-    """Batch sizes of the speed task."""
+    """Batch sizes of the speed task, ascending; those that fit into memory are run."""
     speed_repeats: int
-    """Timed repeats; the median counts."""
+    """Timed turns of the speed task."""
 
 
 PRESETS = {
@@ -85,7 +85,7 @@ PRESETS = {
             batch_size=8,
             speed_prompt=512,
             speed_new_tokens=128,
-            speed_batches=(1, 8, 32),
+            speed_batches=tuple(2**doublings for doublings in range(9)),
             speed_repeats=5,
         ),
     )

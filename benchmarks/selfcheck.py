@@ -6,6 +6,7 @@
     python -m benchmarks.selfcheck constructions     # the same, cut as each method that makes experts does it
     python -m benchmarks.selfcheck decode            # a token of a sparse model beside one of the dense model
     python -m benchmarks.selfcheck evaluator         # scoring tasks beside stock lm-eval
+    python -m benchmarks.selfcheck speed --times 5   # how much the figures of the speed task differ from time to time
     python -m benchmarks.selfcheck training          # a ToMoE training step beside a plain forward pass
     python -m benchmarks.selfcheck kill --times 20   # SIGKILL a running matrix at random moments, compare the records
 
@@ -136,6 +137,13 @@ def evaluator(repeats: int) -> None:
     evaluator_speed.report(repeats)
 
 
+def speed(times: int) -> None:
+    """How far repetitions of the speed task are from each other."""
+    from benchmarks.speed import noise
+
+    noise.report(times)
+
+
 def training(repeats: int) -> None:
     """How long a step of training takes beside a forward pass."""
     from benchmarks import training_cost
@@ -214,6 +222,7 @@ CHECKS: dict[str, tuple[Callable[[int], None], int]] = {
     "constructions": (constructions, 5),
     "decode": (decode, 40),
     "evaluator": (evaluator, 3),
+    "speed": (speed, 5),
     "training": (training, 5),
     "kill": (kill, 20),
 }

@@ -238,7 +238,8 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 LOWER_IS_BETTER = re.compile(
     r"(token_|word_|byte_)?(perplexity|ppl)|bits_per_byte|brier(_score)?|ter|wer|likelihood_diff|\w*bias\w*"
-    r"|truncated_requests|(weights|peak)_bytes"
+    r"|truncated_requests|(weights|peak|peak_host)_bytes|cache_bytes_per_token|\w+_(flops|joules)_per_token"
+    r"|(first|next)_token_s_p\d+|\w+_time_over_bound|\w+_per_s_iqr"
 )
 """Quantities of which less is better: ours, and those of lm-eval's own metrics and of its task definitions."""
 

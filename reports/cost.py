@@ -1,9 +1,11 @@
-"""The size and speed tables, with a sentence for every compressed model that is not smaller or not faster."""
+"""The size table, with a sentence for every compressed model that is not smaller, and what tokens cost in money."""
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
-from reports.comparison import IDENTITY, identity, metric_names, plus_minus, pooled_cell, remarks
+from reports.comparison import IDENTITY, identity, pooled_cell, remarks
 from reports.results import Result, by_model
+from reports.speed import PHASES, RATE, batches
 from reports.tables import Cell, Column, Table, legend, number
 
 MILLION = 1e6
@@ -13,10 +15,6 @@ COUNTS = {
     "active in blocks": "active_block",
     "distinct": "distinct_total",
     "stored": "stored_total",
-}
-SPEEDS = {
-    "prefill": ("prefill_tokens_per_s", "prefill_tokens_per_s_vs_dense"),
-    "decode": ("decode_tokens_per_s", "decode_tokens_per_s_vs_dense"),
 }
 
 
@@ -57,66 +55,45 @@ def _not_smaller(results: Sequence[Result]) -> Iterator[str]:
             yield f"{result.title} is not smaller on disk than dense: {number(own)} against {number(reference)} MB."
 
 
-def speed_table(results: Sequence[Result]) -> Table | None:
-    """Tokens per second and peak memory at every batch size; None where none was measured."""
-    names = [name for name in metric_names(results) if name.source == "speed" and name.protocol.startswith("b")]
-    batches = sorted({name.protocol for name in names}, key=lambda batch: int(batch.removeprefix("b")))
-    measured = [result for result in results if any(_timed(result, batch) for batch in batches)]
-    keys = [(result, batch) for group in by_model(measured) for batch in batches for result in group]
-    rows = tuple(_speed_row(result, batch) for result, batch in keys if _timed(result, batch))
+def cost_table(results: Sequence[Result], usd_per_hour: float) -> Table | None:
+    """What compressing and a million tokens cost at a stated price of the device; None where nothing was timed."""
+    keys = [(result, batch) for group in by_model(results) for batch in batches(results) for result in group]
+    keys = [(result, batch) for result, batch in keys if any(result.metric(rate) for rate in _rates(batch))]
+    rows = tuple(_cost_row(result, batch, usd_per_hour / 3600) for result, batch in keys)
     if not rows:
         return None
     return Table(
-        name="speed",
-        title="Speed",
-        caption="Tokens per second (median of the repeats) while reading the prompt (prefill) and while generating "
-        f"(decode), their ratio to the dense model measured beside it, and peak memory; ± is {plus_minus(measured)}.",
-        columns=_speed_columns(),
+        name="cost",
+        title="Cost",
+        caption=f"US dollars at {usd_per_hour:g} USD per hour of the device, a price that was given to the report: of "
+        "compressing (with the fine-tuning, where there was one), and of a million tokens at the measured speed.",
+        columns=(
+            *IDENTITY,
+            Column("Batch"),
+            Column("Compressing, USD"),
+            *(Column(phase, "USD per million tokens") for phase in PHASES),
+        ),
         rows=rows,
-        notes=(*legend(rows), *remarks(measured), *_not_faster(measured, batches), *_hardware(measured)),
+        notes=(*legend(rows), *remarks(results)),
     )
 
 
-def _speed_columns() -> tuple[Column, ...]:
-    return (
-        *IDENTITY,
-        Column("Batch"),
-        *(Column(label, phase.capitalize()) for phase in SPEEDS for label in ("tokens/s", "vs dense")),
-        Column("Peak, MB"),
-    )
+def _rates(batch: str) -> list[str]:
+    return [f"speed/{RATE.format(phase)}@{batch}" for phase in PHASES]
 
 
-def _timed(result: Result, batch: str) -> bool:
-    return any(result.metric(f"speed/{speed}@{batch}") for speeds in SPEEDS.values() for speed in speeds)
-
-
-def _speed_row(result: Result, batch: str) -> tuple[Cell, ...]:
-    speeds = (f"speed/{speed}@{batch}" for pair in SPEEDS.values() for speed in pair)
+def _cost_row(result: Result, batch: str, usd_per_s: float) -> tuple[Cell, ...]:
+    times = [record.time for record in result.records if "compress_s" in record.time]
+    seconds = [time["compress_s"] + time.get("recover_s", 0) for time in times]
+    rates = [result.metric(rate) for rate in _rates(batch)]
     return (
         *identity(result),
-        Cell(int(batch.removeprefix("b"))),
-        *(pooled_cell(result.metric(speed)) for speed in speeds),
-        pooled_cell(result.metric(f"speed/peak_bytes@{batch}"), 1 / MILLION),
+        Cell(int(batch[1:])),
+        _usd(None if result.dense or not seconds else fmean(seconds) * usd_per_s),
+        *(_usd(usd_per_s * MILLION / rate.value if rate else None) for rate in rates),
     )
 
 
-def _not_faster(results: Sequence[Result], batches: Sequence[str]) -> Iterator[str]:
-    """A sentence per compressed model whose speed is somewhere not two standard errors above the dense one."""
-    for result in results:
-        slow = [text for batch in batches for text in _slow_phases(result, batch)]
-        if slow and not result.dense:
-            yield f"{result.title} is not measurably faster than dense in {', '.join(slow)}."
-
-
-def _slow_phases(result: Result, batch: str) -> Iterator[str]:
-    for phase, (_, versus_dense) in SPEEDS.items():
-        ratio = result.metric(f"speed/{versus_dense}@{batch}")
-        if ratio is not None and ratio.value - 2 * (ratio.error or 0) <= 1:
-            yield f"{phase} at batch {batch.removeprefix('b')} ({number(ratio.value, ratio.error)} of its speed)"
-
-
-def _hardware(results: Sequence[Result]) -> Iterator[str]:
-    origins = [record.provenance for result in results for record in result.records]
-    devices = sorted({str(((origin.get("tasks") or {}).get("speed") or origin).get("device")) for origin in origins})
-    if len(devices) > 1:
-        yield f"Timed on different devices, so compare only 'vs dense' between rows: {'; '.join(devices)}."
+def _usd(amount: float | None) -> Cell:
+    """Three digits, however small."""
+    return Cell(None if amount is None else f"{amount:.3g}")

@@ -9,13 +9,14 @@ from markupsafe import Markup
 from reports.accuracy import few_shot_table, zero_shot_table
 from reports.comparison import plus_minus
 from reports.compression import compression_table
-from reports.cost import size_table, speed_table
+from reports.cost import cost_table, size_table
 from reports.families import constructions_table, semi_structured_table
 from reports.formats import FORMATS, MARKDOWN, markdown
 from reports.perplexity import perplexity_table
 from reports.records import Record, ReportError
 from reports.results import FINE_TUNED, pool
 from reports.significance import intervals_table, significance_table
+from reports.speed import latency_table, speed_table, work_table
 from reports.summary import cautions, facts
 from reports.tables import UNLIKE, Cell, Column, Table, percent
 
@@ -30,6 +31,8 @@ BUILDERS = (
     size_table,
     compression_table,
     speed_table,
+    latency_table,
+    work_table,
 )
 TABLES = (
     "perplexity",
@@ -42,17 +45,24 @@ TABLES = (
     "size",
     "compression",
     "speed",
+    "latency",
+    "work",
+    "cost",
     "unfinished",
 )
 """The name of every table there can be."""
 
 
-def files(records: Sequence[Record]) -> dict[str, str]:
-    """The content of every file of the report, by name."""
+def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[str, str]:
+    """The content of every file of the report, by name.
+
+    Args:
+        usd_per_hour: what the device costs; None: nothing is said of money.
+    """
     results = pool(records)
-    tables = [table for build in BUILDERS if (table := build(results))]
-    unfinished = unfinished_table(records)
-    tables += [unfinished] if unfinished else []
+    built = [build(results) for build in BUILDERS]
+    built += [cost_table(results, usd_per_hour)] if usd_per_hour else []
+    tables = [table for table in (*built, unfinished_table(records)) if table]
     report = MARKDOWN.get_template("report.md").render(
         facts=facts(results),
         cautions=list(cautions(results)),

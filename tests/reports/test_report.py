@@ -15,6 +15,7 @@ from tests.reports import factory
 
 ROOT = Path(__file__).parents[2]
 SCORES = {"wikileads/token_ppl@512": [3.0, 3.5, 2.5]}
+SOME = {"value": 0.5, "stderr": None, "n": 1}
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -100,11 +101,12 @@ def test_tables_of_an_earlier_report_are_removed_and_nothing_else(tmp_path: Path
 
 
 def test_every_table_is_known_by_name(tmp_path: Path) -> None:
-    metrics = factory.record()["metrics"] | {"arc_easy/acc@5shot": {"value": 0.5, "stderr": None, "n": 9}}
+    metrics = factory.record()["metrics"] | {"arc_easy/acc@5shot": SOME}
+    metrics |= dict.fromkeys(("speed/first_token_s_p50@b1", "speed/decode_time_over_bound@b1"), SOME)
     records = [factory.record(metrics=metrics), factory.record(method="wanda", ratio=0.6)]
     records += [factory.record(method="cmoe", ratio=0.6), factory.failed("tiny-llama", "shortgpt", 0.6, "boom")]
     records += [factory.sampled(factory.record(method=name, ratio=0.7), SCORES) for name in ("sleb", "slicegpt")]
-    found = files(read_all(factory.write(tmp_path, records)))
+    found = files(read_all(factory.write(tmp_path, records)), usd_per_hour=2.5)
     assert {name for name in found if name != "report.md"} == {f"{table}.{x}" for table in TABLES for x in FORMATS}
 
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 import reports.tables
 from reports.accuracy import few_shot_table, zero_shot_table
 from reports.comparison import Measured
-from reports.cost import size_table, speed_table
+from reports.cost import size_table
 from reports.perplexity import perplexity_table
 from reports.records import read_all
 from reports.results import Result, pool
+from reports.speed import speed_table
 from reports.summary import cautions, facts
 from reports.tables import Table, number
 from tests.reports import factory
