@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks import checks, cli, executors, launch, plan, preview
 from benchmarks.executors import Outcome
@@ -46,9 +47,10 @@ def run(arguments: Namespace, argv: Sequence[str]) -> int:
         print(preview.table(jobs))
         return 0
     launch.check(arguments.executor)
-    checks.before_start(request, jobs, arguments.workers)
-    # Planned again: the checks may have fetched what identifies the weights of a hub model.
-    todo = [job for job in plan.jobs(request) if not job.finished()]
+    unavailable = checks.before_start(request, jobs, arguments.workers)
+    # Planned only now: the checks may have fetched what identifies the weights of a hub model.
+    jobs = plan.jobs(replace(request, unavailable=unavailable))
+    todo = [job for job in jobs if not job.finished()]
     if request.only_evaluate:
         checks.check_checkpoints(todo)
     with display(sys.stderr) as show:
@@ -69,6 +71,9 @@ def report(jobs: Sequence[Job], todo: Sequence[Job], outcomes: Sequence[Outcome]
     }
     print(f"{len(jobs)} cells: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count) + ".")
     print(f"For the tables type: python -m reports --results {jobs[0].out} --out {jobs[0].out}/report")
+    skips = (f"skipped: {job.cell.model}: {task}: {why}" for job in jobs for task, why in job.not_measured().items())
+    for line in dict.fromkeys(skips):
+        print(line)
     for outcome in failed:
         print(f"failed: {outcome.job.label}: {outcome.error} (log: {outcome.job.log})")
     return 1 if failed else 0

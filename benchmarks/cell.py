@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from benchmarks import checkpoint, models, record, recovered, store, tasks
 from benchmarks.job import Job
-from benchmarks.metric import Metric
+from benchmarks.metric import Evaluation, Metric
 from benchmarks.progress import Tracker
 from benchmarks.tasks import Task
 from methods.errors import UserError
@@ -79,13 +79,12 @@ def one_line(error: Exception, job: Job) -> str:
 
 def _work(job: Job, progress: Tracker) -> list[str]:
     """Whatever of the cell is not done yet; the errors of the tasks that failed."""
-    missing = job.missing()
-    if (missing or job.kept) and not job.checkpoint.is_dir():
+    if job.lacks_checkpoint():
         if job.only_evaluate:
             raise job.without_checkpoint()
         (recovered if job.plain else checkpoint).make(job, progress)
     checkpoint.keep(job)
-    todo = [task for task in missing if not record.task_file(job, task).exists()]
+    todo = [task for task in job.missing() if not record.task_file(job, task).exists()]
     return _evaluate(job, todo, progress) if todo else []
 
 
@@ -113,7 +112,7 @@ def _measure(job: Job, task: Task, model: Any, tokenizer: Any, dense: Any, progr
     """One task: what becomes its file in the scratch folder."""
     torch.manual_seed(job.cell.seed)
     laps = checkpoint.Laps()
-    metrics, info = tasks.evaluate(
+    found = tasks.evaluate(
         task,
         model,
         tokenizer,
@@ -124,11 +123,17 @@ def _measure(job: Job, task: Task, model: Any, tokenizer: Any, dense: Any, progr
     )
     return {
         "task": task.name,
-        "metrics": {name: _finite(name, metric) for name, metric in metrics.items()},
+        "metrics": {name: _finite(name, metric) for name, metric in found.metrics.items()},
         "seconds": laps.lap(),
         "memory": checkpoint.memory(),
-        "provenance": info | record.origin(job),
+        "provenance": _versions(found) | record.origin(job),
+        "notes": found.notes,
+        "skipped": found.skipped,
     }
+
+
+def _versions(found: Evaluation) -> dict[str, Any]:
+    return {"dataset_revisions": found.dataset_revisions, "task_versions": found.task_versions}
 
 
 def _finite(name: str, metric: Metric) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Only a device other than the CPU needs torch for it.
 import math
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import data, models, plan, tasks
@@ -19,21 +20,38 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one parameter."""
 
 
-def before_start(request: Request, jobs: list[Job], workers: int) -> None:
+def before_start(request: Request, jobs: list[Job], workers: int) -> dict[str, str]:
     """Check the machine first, then what may have to be fetched.
 
+    Returns:
+        The tasks whose data cannot be had, and why: they are left out.
+
     Raises:
-        UserError: the first thing that stands in the way.
+        UserError: the first thing that stands in the way of all the others.
     """
     check_device(plan.device_of(request.device))
     if request.recover:
         require_package()
     for folder in filter(None, (request.out, request.checkpoints)):
         check_writable(folder)
-    todo = [job for job in jobs if not job.finished()]
+    unavailable = find_unavailable(jobs, request.offline)
+    todo = [job for job in plan.jobs(replace(request, unavailable=unavailable)) if not job.finished()]
     check_room(todo, workers)
     for name in dict.fromkeys(job.model for job in todo):
         check_inputs(request, [job for job in todo if job.model == name])
+    return unavailable
+
+
+def find_unavailable(jobs: list[Job], offline: bool) -> dict[str, str]:
+    """The missing tasks whose data cannot be had, and why. May ask the hub unless `offline`."""
+    reasons = {}
+    for task in dict.fromkeys(task for job in jobs for task in job.missing()):
+        try:
+            tasks.check(task, offline)
+            check_length(task)
+        except UserError as error:
+            reasons[task.name] = str(error)
+    return reasons
 
 
 def check_device(device: str) -> None:
@@ -94,20 +112,17 @@ def size_text(size: float) -> str:
 def check_checkpoints(jobs: list[Job]) -> None:
     """`--only-evaluate` needs every checkpoint to be there."""
     for job in jobs:
-        if not job.checkpoint.is_dir():
+        if job.lacks_checkpoint():
             raise job.without_checkpoint()
 
 
 def check_inputs(request: Request, jobs: list[Job]) -> None:
-    """The weights and texts of one model's cells can be had."""
+    """The weights and the calibration text of one model's cells can be had."""
     model = models.resolve(jobs[0].model)
     model.check(request.offline)
     for job in [job for job in jobs if job.cell.calibration][:1]:  # all have the same
         data.check(job.source, "calibration", request.offline)
         check_calibration(job)
-    for task in {task for job in jobs for task in job.missing()}:
-        tasks.check(task, request.offline)
-        check_length(task)
 
 
 def check_calibration(job: Job) -> None:

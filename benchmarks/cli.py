@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import methods
-from benchmarks import models, tasks
+from benchmarks import models, suites, tasks
 from benchmarks.executors import EXECUTORS
 from benchmarks.plan import Request
 from benchmarks.presets import PRESETS
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["ppl", "zeroshot", "speed"],
         metavar="TASK",
-        help=f"tasks or suites ({' '.join(tasks.SUITES)}; default: ppl zeroshot speed)",
+        help=f"tasks or suites ({' '.join(suites.SUITES)}; default: ppl zeroshot speed)",
     )
     what.add_argument("--seeds", nargs="+", default=[0], type=int, metavar="N", help="one cell each (default: 0)")
     how = options.add_argument_group("how to measure it")
@@ -80,7 +80,7 @@ def _methods() -> list[str]:
 LISTS = {
     "models": lambda: [f"{name:20} {models.resolve(name).title}" for name in models.names()],
     "methods": _methods,
-    "tasks": lambda: [*(f"{name:20} suite" for name in tasks.SUITES), *tasks.names()],
+    "tasks": lambda: [*(f"{name:20} suite" for name in suites.SUITES), *tasks.names()],
 }
 """What `--list` prints."""
 

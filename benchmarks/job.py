@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -111,6 +111,8 @@ class Job:
     """Never compress: the checkpoint must be there."""
     command: str
     """The command line, for the record."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Asked tasks that are not run, and why: their data cannot be had."""
     leaves: bool = False
     """Whether the checkpoint stays in the scratch folder, for the fine-tuned cell that follows in the same run."""
 
@@ -216,21 +218,45 @@ class Job:
         record = None if self.force else store.read_record(self.record)
         return set(record["provenance"]["task_versions"]) if record else set()
 
+    def asked(self) -> list[Task]:
+        """Every task that was asked for."""
+        return tasks.expand(self.tasks, models.resolve(self.model), self.cell.budget)
+
     def missing(self) -> list[Task]:
-        """The asked tasks that are not in the record; with `--force` all of them.
+        """The asked tasks that can be run and are not in the record; with `--force` all that can be run.
 
         Only the names are looked at: a task of another version is in the record too, and reports tell versions apart.
         """
-        settled = self.settled()
-        asked = tasks.expand(self.tasks, models.resolve(self.model), self.cell.budget)
-        return [task for task in asked if task.name not in settled]
+        left_out = self.settled() | set(self.skipped)
+        return [task for task in self.asked() if task.name not in left_out]
+
+    def skipping(self, unavailable: Mapping[str, str]) -> Self:
+        """The job without those of its missing tasks whose data cannot be had.
+
+        Args:
+            unavailable: reasons by task.
+        """
+        reasons = {task.name: unavailable[task.name] for task in self.missing() if task.name in unavailable}
+        return replace(self, skipped=reasons)
+
+    def not_measured(self) -> dict[str, str]:
+        """The asked tasks that could not be measured, and why, by the record."""
+        reasons = (store.read_record(self.record) or store.EMPTY)["skipped"]
+        return {task.name: reasons[task.name] for task in self.asked() if task.name in reasons}
 
     def finished(self) -> bool:
-        """Whether nothing is left to do: every task is in the record, and the checkpoint where it is to be kept."""
+        """Whether nothing is left to do: every task is in the record, measured or skipped, and the checkpoint where it
+        is to be kept."""
         record = store.read_record(self.record)
+        if record is None or record["status"] != "done" or self.force:
+            return False
         kept = self.kept is None or self.kept.is_dir()
-        done = record is not None and record["status"] == "done"
-        return done and kept and not self.force and not self.missing()
+        noted = set(self.skipped) <= self.settled() | set(record["skipped"])
+        return kept and noted and not self.missing()
+
+    def lacks_checkpoint(self) -> bool:
+        """Whether the checkpoint is not there and is needed: to measure a task, or because it is to be kept."""
+        return bool(self.kept or self.missing()) and not self.checkpoint.is_dir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

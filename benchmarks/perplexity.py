@@ -6,6 +6,8 @@ exp(mean negative log-likelihood), in fp32.
 """
 
 import math
+from collections.abc import Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.metric import Metric
+from benchmarks.samples import Sample
 from methods.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,38 +30,53 @@ CHUNK = 512
 """Tokens whose logits are held in fp32 at a time."""
 
 
-def token_perplexity(
+class TooShort(UserError):
+    """A text has not one window."""
+
+
+def token_losses(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     text: str,
     window: int,
     max_windows: int | None,
     progress: "Progress",
-) -> Metric:
-    """Perplexity per token, with its standard error over windows by the delta method.
+) -> list[Sample]:
+    """What the model loses on each window of a text, as `benchmarks.samples` describes it.
 
     Args:
         window: tokens per window, at least 2 and at most the model's limit.
         max_windows: use only the first ones; None: all.
 
-    Returns:
-        `n` is the number of windows; a single one has no standard error.
-
     Raises:
-        UserError: the text is shorter than one window.
+        TooShort: the text is shorter than one window.
     """
     encoded: Any = tokenizer(text, verbose=False)
     stream = torch.tensor(encoded["input_ids"])
     windows = stream[: len(stream) // window * window].view(-1, window)[:max_windows]
     if not len(windows):
-        raise UserError(
+        raise TooShort(
             f"the text has {len(stream)} tokens, less than one perplexity window of {window}. "
             "Name a longer text, or type a smaller window: --tasks ppl:SOURCE@WINDOW"
         )
-    losses = [window_loss(model, ids.to(model.device)) for ids in progress.track(windows, "perplexity", len(windows))]
-    mean, stderr = _mean_and_stderr(losses)
-    value = math.exp(mean)
-    return Metric(value, None if stderr is None else value * stderr, len(losses))
+    losses = (window_loss(model, ids.to(model.device)) for ids in progress.track(windows, "perplexity", len(windows)))
+    hashes = [sha256(ids.numpy().astype("<i8").tobytes()).hexdigest() for ids in windows]
+    return [
+        {"id": number, "hash": digest, "nll": loss, "tokens": window - 1}
+        for number, (digest, loss) in enumerate(zip(hashes, losses, strict=True))
+    ]
+
+
+def token_perplexity(windows: Sequence[Sample]) -> Metric:
+    """Perplexity per token from the losses on windows of one length, with its standard error by the delta method.
+
+    Returns:
+        `n` is the number of windows; a single one has no standard error.
+    """
+    losses = torch.tensor([window["nll"] for window in windows], dtype=torch.float64)
+    value = math.exp(float(losses.mean()))
+    stderr = value * float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else None
+    return Metric(value, stderr, len(losses))
 
 
 @torch.inference_mode()
@@ -69,8 +87,3 @@ def window_loss(model: "PreTrainedModel", ids: Tensor) -> float:
     # Halves and sums of log-likelihoods do not mix: fp32 per token, fp64 for the sum.
     total = sum(cross_entropy(logits.float(), target, reduction="none").double().sum() for logits, target in chunks)
     return float(total) / (len(ids) - 1)
-
-
-def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return float(tensor.mean()), float(tensor.std() / len(values) ** 0.5) if len(values) > 1 else None

@@ -8,7 +8,7 @@ prints it with the expected cost, and runs nothing.
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -68,6 +68,8 @@ class Request:
     """Never compress."""
     command: str
     """The command line itself."""
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    """Tasks whose data cannot be had, and why; the checks before the start find them."""
 
 
 def jobs(request: Request) -> list[Job]:
@@ -118,7 +120,8 @@ def _with_recovery(request: Request, job: Job) -> list[Job]:
     if job.method.family == "semi-structured":
         raise recovery.would_fill_zeros()
     settings = recovery.configure(request.recover or "", request.settings.get(request.recover or "", {}))
-    recovered = replace(job, cell=replace(job.cell, recover=settings.record()))
+    cell = replace(job.cell, recover=settings.record())
+    recovered = replace(job, cell=cell, skipped={}).skipping(request.unavailable)
     return [replace(job, leaves=not recovered.finished()), recovered]
 
 
@@ -163,7 +166,7 @@ def _job(request: Request, name: str, model: Model, method: str, ratio: float, s
         job.prediction()
     except UserError as error:
         raise UserError(f"{model.name}: {error}") from None
-    return job
+    return job.skipping(request.unavailable)
 
 
 def _asked_text(asked: str | None) -> tuple[str, tuple[int, int] | None]:

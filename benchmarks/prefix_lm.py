@@ -24,6 +24,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from benchmarks.prefix_trees import Group, Prompt, Row, Tokens, groups
+from methods.errors import UserError
 
 if TYPE_CHECKING:
     from methods.base import Progress
@@ -63,6 +64,7 @@ class PrefixLM(_Base):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Request], *arguments: Any, **options: Any) -> list[Answer]:
+        check_room(max((len(request[2]) for request in requests), default=0), self.max_length, self._label)
         # The last token is predicted, never fed, so one more fits.
         self._count([len(context) + len(continuation) - 1 for _, context, continuation in requests], self.max_length)
         if not shares(self.model):
@@ -72,6 +74,12 @@ class PrefixLM(_Base):
         for batch in self._progress.track(todo, self._label):
             read(self.model, batch, answers)
         return answers.in_order()
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """What the model writes after each prompt."""
+        longest = max((request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests), default=0)
+        check_room(longest + 1, self.max_length, self._label)  # a token to go on from
+        return super().generate_until(requests, disable_tqdm=True)
 
     def tok_batch_encode(self, strings: list[str], *arguments: Any, left_truncate_len: int, **options: Any) -> Any:
         """The prompts of one batch to generate from, cut to their last `left_truncate_len` tokens."""
@@ -87,6 +95,23 @@ def shares(model: Any) -> bool:
     """Whether a model can read trees after a cache: its attention takes any mask, and its cache keeps every token."""
     usual = model.config._attn_implementation in ("sdpa", "eager") and not model.config.is_encoder_decoder
     return usual and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def check_room(tokens: int, limit: int, task: str) -> None:
+    """A prompt too long for the model loses its beginning, but every answer must fit as a whole.
+
+    Args:
+        tokens: of the longest answer.
+        limit: tokens that the model reads.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    if tokens > limit:
+        raise UserError(
+            f"{task} has an answer of {tokens} tokens, and the model's window of {limit} has no room for it. "
+            "Leave the task out for this model, or name a model with a longer window."
+        )
 
 
 class Ask(NamedTuple):

@@ -1,14 +1,19 @@
-"""What `--plan` prints: every cell with its predicted size, expected time and memory, and how sure the results will be.
+"""What `--plan` prints: every cell with its predicted size, expected time and memory; every task, and how sure its
+results will be.
 
 Times are estimates, from the parameters, the tokens of the preset and one constant throughput per kind of device. They
 say whether a run takes minutes, hours or days; they are no measurement.
 """
 
+from collections.abc import Sequence
+from itertools import product
+
 from tabulate import tabulate
 
-from benchmarks import models, tasks
-from benchmarks.checks import BYTES
+from benchmarks import models, suites, tasks
+from benchmarks.checks import BYTES, find_unavailable
 from benchmarks.job import Job
+from benchmarks.presets import Preset
 from benchmarks.tasks import Task
 from methods.base import Training
 from methods.modeling.shape import DecoderShape
@@ -19,16 +24,14 @@ OVERHEAD_S = 20
 """Imports, loading, saving."""
 HOST_BYTES = 1e9
 """Of a process with torch and transformers but no model."""
-WHOLE_TEXT, WHOLE_TASK = 350_000, 3_000
-"""Tokens and documents to reckon with where a preset takes all of them."""
-DOCUMENT_TOKENS = 4 * 100
-"""Choices of a document times tokens of each."""
+WHOLE_TEXT = 350_000
+"""Tokens to reckon with where a preset takes all of them."""
 RECOVERY_PASSES = 3
 """Forward passes worth of work per sequence of fine-tuning."""
 
 
 def table(jobs: list[Job]) -> str:
-    """The matrix of cells, its sum, and the margins of error."""
+    """The matrix of cells and its sum; the tasks and their margins of error; what may have to be skipped."""
     headers = ("model", "method", "ratio", "seed", "active", "share", "budget", "state", "time", "memory")
     rows = [_row(job) for job in jobs]
     todo = [job for job in jobs if not job.finished()]
@@ -38,7 +41,11 @@ def table(jobs: list[Job]) -> str:
             tabulate(rows, headers, disable_numparse=True),
             "",
             f"{len(jobs)} cells, {len(todo)} to do, about {duration(total)} one after the other (estimates).",
+            "",
+            _tasks(jobs),
+            "",
             *_margins(jobs),
+            *_unavailable(jobs),
         ]
     )
 
@@ -65,8 +72,7 @@ def seconds(job: Job) -> float | None:
     shape = models.resolve(job.model).shape
     if shape is None:
         return None
-    asked = tasks.expand(job.tasks, models.resolve(job.model), job.cell.budget)
-    tokens = _work(job, shape) + sum(_tokens(task, job) for task in asked)
+    tokens = _work(job, shape) + sum(_tokens(task, job.cell.budget) for task in job.asked())
     return OVERHEAD_S + 2 * shape.total * tokens / THROUGHPUT[job.device.partition(":")[0]]
 
 
@@ -81,13 +87,13 @@ def _work(job: Job, shape: DecoderShape) -> float:
     return job.method.work(shape, job.budget, source.samples * source.window, granted) + RECOVERY_PASSES * tuned
 
 
-def _tokens(task: Task, job: Job) -> int:
-    """Tokens that a task puts through the model, the dense one beside it included."""
-    budget = job.cell.budget
+def _tokens(task: Task, budget: Preset) -> int:
+    """Tokens that a task puts through the model, the dense one beside it included; a question's choices share it."""
     if task.kind == "ppl":
         return budget.ppl_windows * task.window if budget.ppl_windows else WHOLE_TEXT
     if task.kind == "lm_eval":
-        return (budget.documents or WHOLE_TASK) * DOCUMENT_TOKENS * (1 + task.shots)
+        extent = suites.extent(task.source, budget.documents)
+        return extent.documents * ((1 + task.shots) * extent.question + extent.answers)
     repeats = 2 * (1 + budget.speed_repeats)
     return repeats * sum(budget.speed_batches) * (budget.speed_prompt + budget.speed_new_tokens)
 
@@ -98,17 +104,50 @@ def _memory(job: Job) -> str:
     return f"{(HOST_BYTES + 2 * shape.total * BYTES[job.cell.dtype]) / 1e9:.1f} GB" if shape else "?"
 
 
+def _tasks(jobs: list[Job]) -> str:
+    """Every asked task, with the tokens that it puts through each model."""
+    headers = ("task", "documents", "tokens", "margin of error")
+    rows = {task.name: _task_row(task, job.cell.budget) for job in jobs for task in job.asked()}
+    return tabulate(list(rows.values()), headers, disable_numparse=True)
+
+
+def _task_row(task: Task, budget: Preset) -> tuple[str, ...]:
+    tokens = f"{_tokens(task, budget):,}"
+    if task.kind != "lm_eval":
+        return task.name, "", tokens, ""
+    documents = _documents(task, budget)
+    return task.name, f"{documents:,}", tokens, f"±{margin([documents]):.1f}"
+
+
+def _documents(task: Task, budget: Preset) -> int:
+    return suites.extent(task.source, budget.documents).documents
+
+
 def _margins(jobs: list[Job]) -> list[str]:
-    """Half the width of a 95 % interval around an accuracy of one half, the widest."""
-    documents = jobs[0].cell.budget.documents
-    count = documents or WHOLE_TASK
-    known = f"{documents} documents per task" if documents else f"whole tasks (of, say, {WHOLE_TASK:,} documents)"
-    return [f"Margin of error of an accuracy (95 %): at most ±{margin(count):.1f} percentage points with {known}."]
+    """What a document limit buys, suite by suite: the uncertainty of the average over its tasks."""
+    lines = {"Margin of error of an accuracy (95 %): at most ± so many percentage points.": None}
+    for job, suite in product(jobs, suites.SUITES):
+        asked = job.asked()
+        found = tasks.expand([suite], models.resolve(job.model), job.cell.budget)
+        documents = [_documents(task, job.cell.budget) for task in found if task.kind == "lm_eval"]
+        if len(documents) > 1 and all(task in asked for task in found):
+            lines[f"Average of the {len(documents)} tasks of {suite}: ±{margin(documents):.1f}."] = None
+    return list(lines)
 
 
-def margin(documents: int) -> float:
-    """1.96 standard errors of a share of one half, in percentage points."""
-    return 196 * (0.25 / documents) ** 0.5
+def _unavailable(jobs: list[Job]) -> list[str]:
+    """The tasks whose data are not on this machine."""
+    reasons = find_unavailable(jobs, offline=True)
+    return [f"Skipped unless the run can fetch its data: {task}: {reason}" for task, reason in reasons.items()]
+
+
+def margin(documents: Sequence[int]) -> float:
+    """1.96 standard errors, in percentage points, of the average of shares of one half, the least certain ones.
+
+    Args:
+        documents: how many each share is taken of.
+    """
+    return 98 * sum(1 / count for count in documents) ** 0.5 / len(documents)
 
 
 def duration(seconds: float | None) -> str:

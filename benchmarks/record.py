@@ -53,7 +53,8 @@ def assemble(job: Job, error: str | None) -> store.Record:
         "time": _time(measured["time"], evaluated, results),
         "memory": peak([part["memory"] for part in parts]),
         "provenance": _provenance(job, parts),
-        "notes": measured.get("notes", []),
+        "notes": _notes(made, previous or store.EMPTY, results),
+        "skipped": _skipped(job, previous or store.EMPTY, results),
         "error": error,
     }
 
@@ -67,6 +68,23 @@ def _results(job: Job) -> list[dict[str, Any]]:
     settled = job.settled()
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((job.scratch / "tasks").glob("*.json"))]
     return [result for result in results if result["task"] not in settled]
+
+
+def _notes(made: dict[str, Any] | None, previous: store.Record, results: list[dict[str, Any]]) -> list[str]:
+    """Of the compression, and of each task as it was measured last: the latter begin with the task's name."""
+    tasks = set(previous["provenance"]["task_versions"])
+    by_task = {task: [note for note in previous["notes"] if note.startswith(f"{task}: ")] for task in tasks}
+    of_tasks = [note for notes in by_task.values() for note in notes]
+    compression = made.get("notes", []) if made else [note for note in previous["notes"] if note not in of_tasks]
+    by_task |= {result["task"]: result["notes"] for result in results}
+    return [*compression, *(note for _, notes in sorted(by_task.items()) for note in notes)]
+
+
+def _skipped(job: Job, previous: store.Record, results: list[dict[str, Any]]) -> dict[str, str]:
+    """Tasks that could not be measured, and why: those of earlier runs too unless they have been measured since."""
+    run = {result["task"]: result["skipped"] for result in results}
+    reasons = {**previous["skipped"], **job.skipped, **run}
+    return {task: reason for task, reason in reasons.items() if reason}
 
 
 def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -118,8 +136,12 @@ def _origins(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def origin(job: Job) -> dict[str, Any]:
     """The run of this process, as `ORIGIN` lists it."""
     commit, dirty = git_state(ROOT, (job.out, job.checkpoints))
-    versions = {package: _version(package) for package in PACKAGES}
-    return dict(zip(ORIGIN, (commit, dirty, versions, device(job.device), STARTED, job.command), strict=True))
+    return dict(zip(ORIGIN, (commit, dirty, versions(), device(job.device), STARTED, job.command), strict=True))
+
+
+def versions() -> dict[str, str | None]:
+    """The installed versions of the packages that results depend on."""
+    return {package: _version(package) for package in PACKAGES}
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 from methods.errors import UserError
 
 SCHEMA = 1
-KEYS = ("schema", "status", "cell", "size", "metrics", "time", "memory", "provenance", "notes", "error")
+KEYS = ("schema", "status", "cell", "size", "metrics", "time", "memory", "provenance", "notes", "skipped", "error")
 CELL_KEYS = (
     "id",
     "model",
@@ -48,6 +48,7 @@ EMPTY: Record = {
     "memory": dict.fromkeys(PARTS["memory"]),
     "provenance": {key: {} for key in PARTS["provenance"]},
     "notes": [],
+    "skipped": {},
 }
 """What a cell that was never run has measured so far."""
 
@@ -106,7 +107,8 @@ def read_record(path: Path) -> Record | None:
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if isinstance(record, dict):
-        record.setdefault("notes", [])  # the first records had none
+        for key in ("notes", "skipped"):  # the first records had none
+            record.setdefault(key, EMPTY[key].copy())
     _check(path, record)
     record["cell"].setdefault("recover", None)
     return record

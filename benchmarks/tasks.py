@@ -10,15 +10,16 @@ mostly none, and in a group each member has its own. Naming and planning need no
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks import data, hub
-from benchmarks.metric import Metric
+from benchmarks import data, hub, samples
+from benchmarks.metric import Evaluation
 from benchmarks.models import Model
+from benchmarks.suites import EXTENTS, SUITES, WITHOUT_HUB
 from methods.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
     from methods.base import Progress
 
 OWN_TASKS = Path(__file__).parent / "task_definitions"
-ZEROSHOT = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
-SUITES: dict[str, tuple[str, ...]] = {
-    "ppl": (),  # the model's own two texts
-    "zeroshot": ZEROSHOT,
-    "fewshot": ("arc_challenge@25shot", "hellaswag@10shot", "winogrande@5shot"),
-    "mmlu": ("mmlu@5shot",),
-    "speed": ("speed",),
-    "all": ("ppl", "zeroshot", "fewshot", "mmlu", "speed"),
-}
-WITHOUT_HUB: Mapping[str, tuple[str, ...]] = {"zeroshot": ("wikileads_mc",), "all": ("ppl", "zeroshot", "speed")}
-"""What two suites mean for embedded and asset models, which run with no hub in reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +51,7 @@ class Task:
 def names() -> list[str]:
     """The single tasks of the suites; every other task or group of lm-eval and `ppl:SOURCE@WINDOW` work as well."""
     texts = [name for name in data.names() if "test" in data.SPLITS[name]]
-    return ["wikileads_mc", *ZEROSHOT, "mmlu", "speed", *(f"ppl:{name}" for name in texts)]
+    return [*EXTENTS, "speed", *(f"ppl:{name}" for name in texts)]
 
 
 def expand(requested: Iterable[str], model: Model, settings: "Preset") -> list[Task]:
@@ -97,11 +87,19 @@ def _single(request: str, model: Model, lengths: Sequence[int]) -> Iterator[Task
     elif request.startswith("ppl:"):
         yield from _ppl(request.removeprefix("ppl:"), model, lengths)
     else:
-        name, asked = _split_at(request, r"@(\d+)shot")
-        usual = _shots(definition(name))
-        shots = usual if asked is None else {asked}
-        label = f"{name}@{shots_label(shots)}"
-        yield Task(name=label, kind="lm_eval", source=name, shots=max(shots, default=0), forced=asked is not None)
+        yield lm_task(request)
+
+
+def lm_task(request: str) -> Task:
+    """The lm-eval task or group that `NAME` or `NAME@Nshot` stands for.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    name, asked = _split_at(request, r"@(\d+)shot")
+    shots = _shots(definition(name)) if asked is None else {asked}
+    label = f"{name}@{shots_label(shots)}"
+    return Task(name=label, kind="lm_eval", source=name, shots=max(shots, default=0), forced=asked is not None)
 
 
 def shots_label(shots: set[int]) -> str:
@@ -204,6 +202,23 @@ def _datasets(path: Path) -> set[tuple[str, str]]:
     return {(content["dataset_path"], content.get("dataset_name") or "default")} if "dataset_path" in content else set()
 
 
+def members(name: str) -> set[str]:
+    """Every task and group inside a group, at any depth; nothing for a task.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    return set(_inside(definition(name)))
+
+
+def _inside(path: Path) -> Iterator[str]:
+    content = _yaml(path)
+    if isinstance(content.get("task"), list):
+        for file in (file for member in content["task"] for file in _members(member, path)):
+            yield _yaml(file).get("group") or _yaml(file)["task"]
+            yield from _inside(file)
+
+
 def _members(member: str | dict[str, Any], group: Path) -> list[Path]:
     """The files that one entry of a group stands for: a task's, a group's, or those of every task with that tag."""
     name = member if isinstance(member, str) else member.get("task") or member.get("group")
@@ -259,38 +274,47 @@ def evaluate(
     settings: "Preset",
     samples_dir: Path,
     progress: "Progress",
-) -> tuple[dict[str, Metric], dict[str, dict[str, str]]]:
+) -> Evaluation:
     """Run one task.
 
     Args:
         dense: the dense model, for the comparison of speeds; None when `model` is the dense one.
-        samples_dir: receives `<task>.jsonl.gz`, one line per document of an lm-eval task.
-
-    Returns:
-        Metrics by name, and what was measured with: `dataset_revisions` (by data) and `task_versions` (by task).
+        samples_dir: receives `<task>.jsonl.gz`, one line per document or window; see `benchmarks.samples`.
 
     Raises:
-        UserError: the text is shorter than one window, or a data set is out of reach.
+        UserError: a data set is out of reach, or the task cannot be run as asked.
     """
     if task.kind == "speed":
         from benchmarks import speed
 
         metrics = speed.measure(model, dense, settings, progress)
-        return metrics, {"dataset_revisions": {}, "task_versions": {task.name: speed.VERSION}}
+        return Evaluation(metrics=metrics, dataset_revisions={}, task_versions={task.name: speed.VERSION})
     if task.kind == "ppl":
-        return _evaluate_ppl(task, model, tokenizer, settings, progress)
+        return _evaluate_ppl(task, model, tokenizer, settings, samples_dir, progress)
     from benchmarks import harness
 
     return harness.evaluate(task, model, tokenizer, settings, samples_dir, progress)
 
 
 def _evaluate_ppl(
-    task: Task, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: "Preset", progress: "Progress"
-) -> tuple[dict[str, Metric], dict[str, dict[str, str]]]:
+    task: Task,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: "Preset",
+    samples_dir: Path,
+    progress: "Progress",
+) -> Evaluation:
     from benchmarks import perplexity
 
-    text = data.load(task.source, "test")
-    metric = perplexity.token_perplexity(model, tokenizer, text.content, task.window, settings.ppl_windows, progress)
+    text, asked = data.load(task.source, "test"), settings.ppl_windows
     label = data.label(task.source)
-    versions = {"dataset_revisions": {label: text.revision}, "task_versions": {task.name: perplexity.VERSION}}
-    return {f"{label}/token_ppl@{task.window}": metric}, versions
+    known: Any = {"dataset_revisions": {label: text.revision}, "task_versions": {task.name: perplexity.VERSION}}
+    try:
+        windows = perplexity.token_losses(model, tokenizer, text.content, task.window, asked, progress)
+    except perplexity.TooShort as error:
+        return Evaluation(metrics={}, **known, skipped=str(error))
+    samples.write(samples.path_of(samples_dir, task.name), windows)
+    few = asked is not None and len(windows) < asked
+    note = f"{task.name}: asked for {asked} windows, there are {len(windows)}"
+    metric = perplexity.token_perplexity(windows)
+    return Evaluation(metrics={f"{label}/token_ppl@{task.window}": metric}, **known, notes=(note,) if few else ())

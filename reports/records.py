@@ -65,6 +65,8 @@ class Record:
     """Commit, versions, hardware, revisions."""
     notes: tuple[str, ...]
     """What was not as usual while the model was compressed."""
+    skipped: Mapping[str, str]
+    """Tasks that could not be measured, and why."""
     error: str
     """Why the cell is not done; empty where it is."""
 
@@ -119,6 +121,7 @@ def _check_schema(path: Path, content: Any) -> None:
 def _parse(path: Path, content: Mapping[str, Any]) -> Record:
     _need(content, {"status": str, "cell": dict}, "")
     _need(content["cell"], CELL, "cell.")
+    _need({"skipped": {}, **content}, {"skipped": dict}, "")
     if content["status"] not in STATUSES:
         raise ValueError(f"its status is {content['status']!r}, not one of {', '.join(STATUSES)}")
     measured = content["status"] == "done" or bool(content.get("size"))
@@ -135,6 +138,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
         memory=content.get("memory", {}) if measured else {},
         provenance=content["provenance"] if measured else {},
         notes=tuple(map(str, content.get("notes", []))) if measured else (),
+        skipped=content.get("skipped", {}),
         error=str(content.get("error") or ""),
     )
 

@@ -1,7 +1,8 @@
 """Writes the report: `report.md`, and every table in every format beside it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -80,14 +81,14 @@ def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[
 
 
 def unfinished_table(records: Sequence[Record]) -> Table | None:
-    """The cells that failed or were skipped, and why; None where every cell is done."""
-    rows = tuple(_unfinished_row(record) for record in records if record.status != "done")
+    """The cells that failed or were skipped and the skipped tasks, and why; None where everything is done."""
+    rows = (*(_unfinished_row(record) for record in records if record.status != "done"), *_skipped_rows(records))
     if not rows:
         return None
     labels = ("Model", "Method", "Asked, %", "Seed", "Status", "Why")
     return Table(
         name="unfinished",
-        title="Failed and skipped cells",
+        title="Failed and skipped cells and tasks",
         caption="What one of them measured before it failed is in the other tables. The command that started them "
         "tries them again and keeps what is finished.",
         columns=tuple(Column(label, text=label not in ("Asked, %", "Seed")) for label in labels),
@@ -100,6 +101,14 @@ def _unfinished_row(record: Record) -> tuple[Cell, ...]:
     ratio, why = Cell(percent(cell["ratio"])), Cell(record.error or "no reason recorded")
     method = Cell(cell["method"] + (FINE_TUNED if cell.get("recover") else ""))
     return Cell(cell["model"]), method, ratio, Cell(cell["seed"]), Cell(record.status), why
+
+
+def _skipped_rows(records: Sequence[Record]) -> Iterator[tuple[Cell, ...]]:
+    """One row per model and task, however many cells lack it."""
+    found = Counter((record.cell["model"], task, why) for record in records for task, why in record.skipped.items())
+    for (model, task, why), count in found.items():
+        cells = Cell(f"{count} cell{'s' if count > 1 else ''}")
+        yield Cell(model), cells, Cell(None), Cell(None), Cell("task skipped"), Cell(f"{task}: {why}")
 
 
 def write(contents: Mapping[str, str], out: Path) -> None:

@@ -18,7 +18,7 @@ from benchmarks.embedded.ngram import kneser_ney, witten_bell
 from benchmarks.embedded.train import CONFIGS, HERE, encode
 from benchmarks.metric import Metric
 from benchmarks.models import load_tokenizer
-from benchmarks.perplexity import token_perplexity
+from benchmarks.perplexity import token_losses, token_perplexity
 from methods.base import Silent
 
 WINDOW = 512
@@ -66,7 +66,7 @@ def card(name: str) -> str:
     """The model card of a trained embedded model, measured from its committed weights."""
     model = AutoModelForCausalLM.from_pretrained(HERE / name)
     tokenizer: Any = load_tokenizer(HERE / name)
-    measured = token_perplexity(model.float(), tokenizer, wikileads.text("test"), WINDOW, None, Silent())
+    measured = token_perplexity(token_losses(model.float(), tokenizer, wikileads.text("test"), WINDOW, None, Silent()))
     baselines = ngram_perplexities(tokenizer)
     rows = [f"| {smoothing} {order}-gram | {value:.2f} |" for (smoothing, order), value in baselines.items()]
     return CARD.format(

@@ -1,4 +1,4 @@
-"""The questions of `wikileads_mc`, built from the test articles of wikileads; no network, the same on every machine.
+"""The questions of `wikileads_mc`, built from the articles of wikileads; no network, the same on every machine.
 
     python run_all.py --models tiny-llama --tasks wikileads_mc
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CHOICES = 4
-LONGEST = 1200
-"""Characters of a lead: with them a question fits the 512 tokens of the embedded models. One article is longer."""
+LONGEST = {"test": 1200, "validation": 160}
+"""Characters of a lead: a question fits the 512 tokens of the embedded models (one article is longer), most of them
+also after five solved examples, which are questions of the validation split."""
 
 
 class Question(TypedDict):
@@ -34,18 +35,18 @@ def dataset(**metadata: object) -> "dict[str, Dataset]":
     from datasets import Dataset, DatasetInfo
 
     info = DatasetInfo(version=data.load("wikileads", "test").revision)
-    return {"test": Dataset.from_list([dict(question) for question in questions()], info=info)}
+    return {split: Dataset.from_list([dict(each) for each in questions(split)], info=info) for split in LONGEST}
 
 
-def questions() -> list[Question]:
-    """A question per test article that has a description, enough company in its topic and no overlong lead."""
-    articles = [article for article in wikileads.articles("test") if article.description]
-    return [question for article in articles if (question := _question(article, articles))]
+def questions(split: str) -> list[Question]:
+    """A question per article that has a description, enough company in its topic and no overlong lead."""
+    articles = [article for article in wikileads.articles(split) if article.description]
+    return [question for article in articles if (question := _question(article, articles, LONGEST[split]))]
 
 
-def _question(article: Article, articles: list[Article]) -> Question | None:
+def _question(article: Article, articles: list[Article], longest: int) -> Question | None:
     others = {other.description for other in articles if other.topic == article.topic} - {article.description}
-    if len(others) < CHOICES - 1 or len(article.masked_extract) > LONGEST:
+    if len(others) < CHOICES - 1 or len(article.masked_extract) > longest:
         return None
     # Hashes of both titles stand in for random numbers, so that one article more or less moves few questions.
     choices = sorted(others, key=lambda other: title_hash(f"{article.title}|{other}"))[: CHOICES - 1]

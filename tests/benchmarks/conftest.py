@@ -1,11 +1,14 @@
 """Fixtures of the tests of runs."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import small_run
+from benchmarks import tasks
+from benchmarks.tasks import Task
+from tests.benchmarks import small_run, toys
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workplace(inputs: Path, tmp_path: Path) -> Path:
     """A copy of `inputs` of one's own."""
     return shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Task]:
+    """The tasks of `toys` by name, in place of this repository's own."""
+    monkeypatch.setattr(tasks, "OWN_TASKS", toys.write(tmp_path / "definitions"))
+    return tasks.lm_task

@@ -101,12 +101,6 @@ def test_a_calibration_text_too_short_for_the_windows(workplace: Path, capsys: p
     assert "too few for 8 different windows of 128" in capsys.readouterr().err
 
 
-def test_a_text_shorter_than_a_perplexity_window(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small_run.make_text(workplace / "short.txt", lines=12)
-    assert small_run.run(workplace, "--tasks", f"ppl:{workplace / 'short.txt'}") == 2
-    assert "fewer than one window of 128" in capsys.readouterr().err
-
-
 def test_a_damaged_record(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = small_run.arguments(workplace)
     job = plan.jobs(cli.request(cli.parser().parse_args(line), line))[1]

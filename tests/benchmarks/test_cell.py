@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks import cell, checkpoint, data, job, models, perplexity, record, store, tasks
-from benchmarks.metric import Metric
+from benchmarks.metric import Evaluation, Metric
 from methods.base import Context, Training
 from methods.shortgpt import ShortGPT
 from tests.benchmarks import small_run
@@ -70,7 +70,7 @@ def test_a_run_leaves_complete_records(finished: Path) -> None:
     assert short["provenance"]["tasks"] == {} and short["provenance"]["started"] == record.STARTED
     assert dense["cell"]["calibration"] is None and TEXT in short["provenance"]["dataset_revisions"]
     left = sorted(path.name for path in folder(finished, "shortgpt").iterdir())
-    assert left == ["log.txt", "record.json", "structure.json"]
+    assert left == ["log.txt", "record.json", "samples", "structure.json"]
     assert json.loads((folder(finished, "shortgpt") / "structure.json").read_text())["num_hidden_layers"] == 3
 
 
@@ -137,8 +137,13 @@ def test_a_failing_task_fails_its_cell_keeps_the_rest_and_is_tried_again(
     assert set(records(workplace)["dense"]["metrics"]) == {METRIC, SHORT_METRIC}
 
 
+def evaluation(metrics: dict[str, Metric], versions: dict[str, str] | None = None) -> Evaluation:
+    """What a stand-in for an evaluation returns."""
+    return Evaluation(metrics=metrics, dataset_revisions={}, task_versions=versions or {})
+
+
 def test_a_number_that_is_none_fails_the_cell(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "evaluate", lambda *a, **k: ({"x/token_ppl@8": Metric(math.inf, None, 1)}, {}))
+    monkeypatch.setattr(tasks, "evaluate", lambda *a, **k: evaluation({"x/token_ppl@8": Metric(math.inf, None, 1)}))
     assert small_run.run(workplace, "--methods", "dense") == 1
     assert records(workplace)["dense"]["error"] == f"{TASK}: ArithmeticError: x/token_ppl@8 is inf"
 
@@ -195,8 +200,7 @@ def test_force_measures_the_asked_tasks_again_and_keeps_the_others(
     text = f"ppl:{finished / 'text.txt'}@32"
     assert small_run.run(finished, "--tasks", text) == 0
     worse = {SHORT_METRIC: Metric(99.0, None, 1)}
-    info = {"dataset_revisions": {}, "task_versions": {SHORT_TASK: "2"}}
-    monkeypatch.setattr(tasks, "evaluate", lambda *a, **k: (worse, info))
+    monkeypatch.setattr(tasks, "evaluate", lambda *a, **k: evaluation(worse, {SHORT_TASK: "2"}))
     assert small_run.run(finished, "--tasks", text, "--force") == 0
     after = records(finished)["shortgpt"]
     assert after["metrics"][SHORT_METRIC]["value"] == 99.0

@@ -1,6 +1,7 @@
 """Token perplexity against closed forms and a naive reading of the protocol."""
 
 import math
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import perplexity
-from benchmarks.perplexity import token_perplexity, window_loss
+from benchmarks.metric import Metric
+from benchmarks.perplexity import TooShort, token_losses, window_loss
 from methods.base import Silent
-from methods.errors import UserError
 from tests.methods.tiny import tiny_model
 
 V = 96
@@ -37,6 +38,11 @@ class Table:
 
 
 Scripted: Any = Table
+
+
+def token_perplexity(*arguments: Any) -> Metric:
+    """Of a text, from its windows' losses."""
+    return perplexity.token_perplexity(token_losses(*arguments))
 
 
 def naive(model, ids, window):
@@ -98,5 +104,16 @@ def test_one_window_has_no_stderr_and_max_windows_takes_the_first():
 
 
 def test_a_text_shorter_than_a_window_is_an_error():
-    with pytest.raises(UserError, match=r"4 tokens, less than one perplexity window of 5.*--tasks"):
+    with pytest.raises(TooShort, match=r"4 tokens, less than one perplexity window of 5.*--tasks"):
         token_perplexity(Scripted(torch.zeros(V, V)), letters, "abc", 5, None, Silent())
+
+
+def test_a_window_s_sample_names_its_tokens_and_its_loss():
+    model = tiny_model("llama-gqa")
+    samples = token_losses(model, letters, "abcdefg" + 2 * "hijklmno" + "tail", 8, None, Silent())
+    ids = [letters("abcdefg", False)["input_ids"], *2 * [letters("hijklmno", False)["input_ids"][1:]]]
+    expected = [sha256(b"".join(id.to_bytes(8, "little") for id in window)).hexdigest() for window in ids]
+    assert [sample["hash"] for sample in samples] == expected
+    assert [sample["id"] for sample in samples] == [0, 1, 2] and {sample["tokens"] for sample in samples} == {7}
+    assert samples[0]["nll"] == pytest.approx(math.log(naive(model, ids[0], 8)), rel=1e-5)
+    assert samples[1]["nll"] == samples[2]["nll"] != samples[0]["nll"]

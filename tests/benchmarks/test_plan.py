@@ -146,7 +146,7 @@ def test_the_preview_says_sizes_states_and_margins() -> None:
     text = preview.table(plan.jobs(request("--ratios", "0.5", "--budget", "demo")))
     count = len(cli.DEFAULT_METHODS)
     assert "6,738,415,616" in text and "to do" in text and f"{count} cells, {count} to do" in text
-    assert "±15.5 percentage points with 40 documents" in text
+    assert "±15.5" in text and "Average of the 5 tasks of zeroshot: ±6.9." in text
 
 
 def test_the_preview_reckons_with_what_a_method_does() -> None:
@@ -168,7 +168,7 @@ def test_the_preview_reckons_with_what_a_method_does() -> None:
 
 
 def test_margins_and_durations() -> None:
-    assert preview.margin(10_000) == pytest.approx(0.98)
+    assert preview.margin([10_000]) == pytest.approx(0.98)
     assert [preview.duration(s) for s in (None, 59, 90, 7200, 172800)] == ["?", "59 s", "1.5 min", "2.0 h", "2.0 d"]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
@@ -13,6 +14,7 @@ from benchmarks.prefix_lm import PrefixLM
 from benchmarks.progress import Tracker
 from methods import modeling
 from methods.base import Silent
+from methods.errors import UserError
 from tests.methods import test_gathered_linears
 from tests.methods.recovery import made_of
 from tests.methods.recovery.made_of import STRUCTURES
@@ -140,8 +142,6 @@ def test_the_side_of_padding_does_not_matter(tokenizer, inputs):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_answers_written_in_a_padded_batch_are_those_written_alone(structure, tokenizer, tmp_path):
     """lm-eval pads what it generates from at the left."""
-    from lm_eval.api.instance import Instance
-
     model = STRUCTURES[structure]("llama-gqa", tmp_path).eval()
     model.resize_token_embeddings(257)
     texts = ["a", "a longer one", "the longest of all three"]
@@ -152,8 +152,6 @@ def test_answers_written_in_a_padded_batch_are_those_written_alone(structure, to
 
 
 def test_text_is_cut_into_tokens_as_stock_does(tokenizer):
-    from lm_eval.api.instance import Instance
-
     model = tiny_model("llama-gqa", dtype=torch.float32, vocab_size=257)
     pairs = [("", " so"), ("Is it? ", "yes"), ("Is it?", " no"), ("Is it?", " "), ("", "a")]
     asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
@@ -162,8 +160,6 @@ def test_text_is_cut_into_tokens_as_stock_does(tokenizer):
 
 
 def test_rolling_windows_are_scored_as_stock_does(tokenizer):
-    from lm_eval.api.instance import Instance
-
     model = tiny_model("llama-gqa", dtype=torch.float32, vocab_size=257)
     asked = [
         Instance(
@@ -211,6 +207,22 @@ def test_requests_that_the_model_has_no_room_for_are_counted(tokenizer):
     assert (lm.requests, lm.truncated) == (4, 2)
 
 
+def test_a_choice_longer_than_the_window_is_named(tokenizer):
+    lm = ours(tiny_model("llama-gqa", dtype=torch.float32), tokenizer)
+    assert len(lm._loglikelihood_tokens([(("", ""), [3], [4] * WINDOW)])) == 1
+    with pytest.raises(UserError, match="task has an answer of 65 tokens, and the model's window of 64 has no room"):
+        lm._loglikelihood_tokens([(("", ""), [3], [4]), (("", ""), [3], [4] * (WINDOW + 1))])
+
+
+def test_what_is_to_be_written_must_leave_room_for_a_prompt(tokenizer):
+    lm = ours(tiny_model("llama-gqa", dtype=torch.float32, vocab_size=257), tokenizer)
+    for tokens in (None, WINDOW):  # lm-eval's own default is 256
+        rules = {"until": ["x"]} | ({"max_gen_toks": tokens} if tokens else {})
+        with pytest.raises(UserError, match="has no room for it"):
+            lm.generate_until([Instance("generate_until", {}, ("a", rules), 0)])
+    assert lm.generate_until([Instance("generate_until", {}, ("a", rules | {"max_gen_toks": WINDOW - 1}), 0)])
+
+
 def test_progress_reaches_its_end(tokenizer):
     events = []
     lm = ours(tiny_model("llama-gqa", dtype=torch.float32), tokenizer, 1, Tracker(events.append))
@@ -236,7 +248,6 @@ def tasks_of(names):
     from benchmarks import harness, models
     from benchmarks.presets import PRESETS
     from benchmarks.tasks import check, expand
-    from methods.errors import UserError
 
     found = {}
     for task in expand(names, models.resolve("llama2-7b"), PRESETS["smoke"]):

@@ -1,5 +1,6 @@
 """The speed task: what is run, in which order, when it ends, and what is made of it. No test depends on the clock."""
 
+import mmap
 from dataclasses import replace
 from statistics import median
 
@@ -196,10 +197,11 @@ def test_weights_count_tied_matrices_once(model):
 @pytest.mark.skipif(not memory.CLEAR_PEAK.exists(), reason="the system does not tell peak memory")
 def test_peak_memory_sees_what_was_freed_again():
     before = memory.reset_peak(CPU).host
-    torch.ones(16 << 20).sum()
+    with mmap.mmap(-1, 64 << 20) as fresh:  # an allocator may have as much left from earlier tests
+        fresh.write(bytes([1]) * len(fresh))
     peak = memory.peak(CPU).host
     assert before is not None and peak is not None
-    assert 60 << 20 < peak - before < 200 << 20
+    assert 60 << 20 < peak - before < 400 << 20
 
 
 def test_peak_memory_is_left_out_where_it_cannot_be_measured(model, calls, monkeypatch, tmp_path):

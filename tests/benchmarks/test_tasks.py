@@ -35,13 +35,18 @@ def test_suites_of_a_hub_model():
     texts = ["ppl-wikitext2@2048", "ppl-wikitext2@4096", "ppl-c4@2048", "ppl-c4@4096"]
     zeroshot = [f"{name}@0shot" for name in ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")]
     assert named(["ppl", "zeroshot", "speed"]) == [*texts, *zeroshot, "speed"]
-    assert named(["fewshot", "mmlu"]) == ["arc_challenge@25shot", "hellaswag@10shot", "winogrande@5shot", "mmlu@5shot"]
-    assert set(named(["all"])) == set(named(["ppl", "zeroshot", "fewshot", "mmlu", "speed"]))
+    shots = {"boolq": 32, "sciq": 0, "piqa": 0, "winogrande": 5, "arc_challenge": 25, "hellaswag": 10}
+    assert named(["fewshot"]) == [f"{name}@{number}shot" for name, number in shots.items()]
+    assert named(["moe-v2"]) == [*named(["fewshot"]), "truthfulqa_mc2@0shot", "mmlu@5shot"]
+    assert named(["mmlu"]) == ["mmlu@5shot"]
+    assert set(named(["all"])) == set(named(["ppl", "zeroshot", "moe-v2", "speed"]))
 
 
 def test_suites_of_a_model_that_runs_without_a_hub():
-    expected = ["ppl-wikileads@512", "ppl-moby-dick@512", "wikileads_mc@0shot", "speed"]
-    assert named(["ppl", "zeroshot", "speed"], OWN_MODEL, SMOKE) == named(["all"], OWN_MODEL, SMOKE) == expected
+    expected = ["ppl-wikileads@512", "ppl-moby-dick@512", "wikileads_mc@0shot", "wikileads_mc@5shot", "speed"]
+    assert named(["ppl", "zeroshot", "fewshot", "speed"], OWN_MODEL, SMOKE) == named(["all"], OWN_MODEL, SMOKE)
+    assert named(["all"], OWN_MODEL, SMOKE) == expected
+    assert named(["moe-v2", "mmlu"], OWN_MODEL, SMOKE) == ["wikileads_mc@5shot", "mmlu@5shot"]
 
 
 @pytest.mark.parametrize(("limit", "windows"), [(512, [512]), (2048, [2048]), (8192, [2048, 4096])])
@@ -209,91 +214,39 @@ def wikileads_mc():
 def test_multiple_choice_is_the_sum_of_token_log_probabilities(run, wikileads_mc, model, tokenizer, tmp_path):
     from benchmarks.task_definitions.wikileads_mc import questions
 
-    metrics, versions = run(wikileads_mc, documents=3)
+    found = run(wikileads_mc, documents=3)
     samples = gzip.decompress((tmp_path / "samples" / "wikileads_mc@0shot.jsonl.gz").read_bytes()).splitlines()
     correct = []
-    for question, line in zip(questions(), samples, strict=False):
+    for question, line in zip(questions("test"), samples, strict=False):
         context = question["lead"] + "\n\nDescription:"
         scores = [continuation_log_likelihood(model, tokenizer, context, f" {each}") for each in question["choices"]]
         sample = json.loads(line)
         assert sample["log_likelihoods"] == pytest.approx(scores, rel=1e-4)
         correct.append(float(scores.index(max(scores)) == question["gold"]))
         assert sample["correct"] == {"acc": correct[-1]}
-    metric = metrics["wikileads_mc/acc@0shot"]
+    metric = found.metrics["wikileads_mc/acc@0shot"]
     assert (metric.value, metric.n) == (sum(correct) / 3, 3)
     expected = torch.tensor(correct).std() / 3**0.5
     assert metric.stderr == pytest.approx(float(expected), rel=1e-5)
-    assert versions == {
-        "dataset_revisions": {"wikileads_mc": "0.0.7"},
-        "task_versions": {"wikileads_mc@0shot": "1.0"},
-    }
+    assert found.dataset_revisions == {"wikileads_mc": "0.0.7"}
+    assert found.task_versions == {"wikileads_mc@0shot": "1.0"}
 
 
-TOY = """
-custom_dataset: !function toy.dataset
-fewshot_split: train
-test_split: test
-doc_to_text: "{{question}}"
-"""
-CHOICE = """
-output_type: multiple_choice
-doc_to_choice: ["yes", "no"]
-doc_to_target: 0
-"""
-DEFINITIONS = {
-    "toy.py": """
-from datasets import Dataset
-
-def dataset(**metadata):
-    questions = [{"question": "Is it so?" * (1 + number)} for number in range(6)]
-    return {"train": Dataset.from_list(questions), "test": Dataset.from_list(questions)}
-""",
-    "zero.yaml": f"task: toy_zero\n{TOY}{CHOICE}",
-    "two.yaml": f"task: toy_two\nnum_fewshot: 2\n{TOY}{CHOICE}",
-    "three.yaml": f"task: toy_three\nnum_fewshot: 2\n{TOY}{CHOICE}",
-    "written.yaml": f"""
-task: toy_written
-{TOY}
-output_type: generate_until
-doc_to_target: so
-generation_kwargs: {{until: [x], max_gen_toks: 5}}
-""",
-    "same.yaml": "group: toys_same\ntask: [toy_two, {task: toy_three}]",
-    "mixed.yaml": """
-group: toys_mixed
-task: [toy_zero, toy_two, {task: toy_three, num_fewshot: 1}]
-aggregate_metric_list: [{metric: acc, aggregation: mean}]
-""",
-}
-"""Tasks of six questions of 9 to 54 letters; groups of them."""
-
-
-@pytest.fixture
-def toys(tmp_path, monkeypatch):
-    """The definitions, in place of this repository's own."""
-    folder = tmp_path / "definitions"
-    folder.mkdir()
-    for name, content in DEFINITIONS.items():
-        (folder / name).write_text(content)
-    monkeypatch.setattr(tasks, "OWN_TASKS", folder)
-    return lambda name: expand([name], OWN_MODEL, SMOKE)[0]
-
-
-def test_samples_are_the_same_bytes_every_time(run, toys, tmp_path):
+def test_samples_are_the_same_bytes_every_time(run, toy, tmp_path):
     file = tmp_path / "samples" / "toy_zero@0shot.jsonl.gz"
-    first, again = (run(toys("toy_zero")) and file.read_bytes() for _ in range(2))
+    first, again = (run(toy("toy_zero")) and file.read_bytes() for _ in range(2))
     assert first == again
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_batches_change_no_answer(run, toys):
-    one, many = (run(toys("toy_zero"), batch_size=size)[0] for size in (1, 5))
+def test_batches_change_no_answer(run, toy):
+    one, many = (run(toy("toy_zero"), batch_size=size).metrics for size in (1, 5))
     assert one == many
 
 
-def test_progress_reaches_its_end(run, toys):
+def test_progress_reaches_its_end(run, toy):
     events = []
-    run(toys("toy_zero"), Tracker(events.append), documents=4, batch_size=1)
+    run(toy("toy_zero"), Tracker(events.append), documents=4, batch_size=1)
     assert events[-1].finished
     assert events[-1].done == events[-1].total >= 1
 
@@ -316,25 +269,25 @@ def test_progress_reaches_its_end(run, toys):
         ),
     ],
 )
-def test_every_member_of_a_group_has_its_own_shots_unless_asked(run, toys, tmp_path, request_, task, metrics):
-    asked = toys(request_)
+def test_every_member_of_a_group_has_its_own_shots_unless_asked(run, toy, tmp_path, request_, task, metrics):
+    asked = toy(request_)
     assert asked.name == task
-    found, versions = run(asked, documents=2)
-    assert set(found) - {name.replace("/acc@", "/acc_norm@") for name in metrics} == metrics
+    found = run(asked, documents=2)
+    assert set(found.metrics) - {name.replace("/acc@", "/acc_norm@") for name in metrics} == metrics
     samples = {path.name.removesuffix(".jsonl.gz") for path in (tmp_path / "samples").iterdir()}
     assert samples == {name.replace("/acc", "") for name in metrics if not name.startswith("toys")}
-    assert samples <= set(versions["task_versions"])
+    assert samples <= set(found.task_versions)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("toy_zero", 3), ("toy_written", 2)])
-def test_requests_that_the_model_has_no_room_for_are_counted(run, toys, name, expected):
+def test_requests_that_the_model_has_no_room_for_are_counted(run, toy, name, expected):
     # Questions have 9, 18, ... 54 letters, each a token. Of " yes" and " no" all but the last token is fed too;
     # writing takes up to 5 tokens. One of 45 letters fits a room of 47 with " no" only.
     small = tiny_model("llama-gqa", dtype=torch.float32, vocab_size=257, max_position_embeddings=47)
-    metrics, _ = run(toys(name), model=small)
+    metrics = run(toy(name), model=small).metrics
     assert metrics[f"{name}/truncated_requests@0shot"].value == expected
     assert metrics[f"{name}/truncated_requests@0shot"].n == (12 if name == "toy_zero" else 6)
-    assert f"{name}/truncated_requests@0shot" not in run(toys(name))[0]
+    assert f"{name}/truncated_requests@0shot" not in run(toy(name)).metrics
 
 
 def test_solved_examples_a_task_does_not_allow_are_an_error(run, monkeypatch):
@@ -358,7 +311,7 @@ def test_stock_tasks_run_under_their_stock_names(run, tmp_path):
             check(task, offline=True)
         except UserError as error:
             pytest.skip(str(error))
-    metrics = [run(task, documents=3)[0] for task in requests]
+    metrics = [run(task, documents=3).metrics for task in requests]
     assert set(metrics[0]) == {"arc_easy/acc@2shot", "arc_easy/acc_norm@2shot"}
     assert set(metrics[1]) == {"piqa/acc@0shot", "piqa/acc_norm@0shot"}
     assert {metric.n for found in metrics for metric in found.values()} == {3}
@@ -366,18 +319,17 @@ def test_stock_tasks_run_under_their_stock_names(run, tmp_path):
 
 def test_perplexity_of_a_local_text(run, inputs):
     (task,) = expand([f"ppl:{inputs / 'text.txt'}@64"], HUB_MODEL, SMOKE)
-    metrics, versions = run(task)
+    found = run(task)
     label = f"text-{sha256((inputs / 'text.txt').read_bytes()).hexdigest()[:8]}"
-    assert set(metrics) == {f"{label}/token_ppl@64"}
-    assert metrics[f"{label}/token_ppl@64"].n == SMOKE.ppl_windows
-    assert set(versions["dataset_revisions"]) == {label}
-    assert set(versions["task_versions"]) == {f"ppl-{label}@64"}
+    assert set(found.metrics) == {f"{label}/token_ppl@64"}
+    assert found.metrics[f"{label}/token_ppl@64"].n == SMOKE.ppl_windows
+    assert set(found.dataset_revisions) == {label}
+    assert set(found.task_versions) == {f"ppl-{label}@64"}
 
 
 def test_speed_is_measured_too(run):
-    metrics, versions = run(Task(name="speed", kind="speed"))
-    assert "speed/decode_tokens_per_s@b1" in metrics
-    assert set(versions["task_versions"]) == {"speed"}
+    found = run(Task(name="speed", kind="speed"))
+    assert "speed/decode_tokens_per_s@b1" in found.metrics and set(found.task_versions) == {"speed"}
 
 
 def test_hub_is_asked_only_when_allowed(monkeypatch):

@@ -18,7 +18,7 @@ except AssetMissing as error:
 
 @pytest.fixture(scope="module")
 def asked():
-    return questions()
+    return questions("test")
 
 
 def test_no_article_is_in_two_splits():
@@ -60,3 +60,11 @@ def test_the_data_set_knows_its_version():
     rows = dataset(version=1.0)["test"]
     assert str(rows.info.version) == "0.0.7"
     assert rows.column_names == ["title", "lead", "choices", "gold"]
+
+
+def test_solved_examples_are_short_and_from_the_validation_articles(asked):
+    found = questions("validation")
+    titles = {article.title for article in wikileads.articles("validation")}
+    assert {question["title"] for question in found} <= titles and len(found) >= 15
+    assert max(len(question["lead"]) for question in found) <= 160
+    assert not {question["title"] for question in found} & {question["title"] for question in asked}

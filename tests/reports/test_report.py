@@ -55,7 +55,7 @@ def test_report_holds_head_reading_aid_every_table_and_the_failed_cell_last(tmp_
             "Compression",
             "Speed",
         ),
-        "Failed and skipped cells",
+        "Failed and skipped cells and tasks",
     ]
     assert "4f2a9c1 with uncommitted changes" in report
     assert "LinAlgError: eigenvalues of block 7 did not converge" in report
@@ -145,3 +145,16 @@ def test_report_knows_nothing_of_torch_methods_and_benchmarks() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_skipped_task_is_one_row_however_many_cells_lack_it(tmp_path: Path) -> None:
+    records = [factory.record(seed=seed) | {"skipped": {"sciq@0shot": "no data"}} for seed in (0, 1)]
+    found = files(read_all(factory.write(tmp_path, [*records, factory.record(seed=2)])))
+    (row,) = [line for line in found["unfinished.md"].splitlines() if "sciq@0shot" in line]
+    assert [cell.strip() for cell in row.split("|")][2:-1] == [
+        "2 cells",
+        "-",
+        "-",
+        "task skipped",
+        "sciq@0shot: no data",
+    ]
