@@ -44,15 +44,15 @@ def finish(arguments: Sequence[str]) -> None:
     subprocess.run([sys.executable, "run_all.py", *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
-def interleaved(tasks: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each task, shape [repeats], after one warm-up; the tasks take turns."""
+def interleaved(tasks: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each task, shape [repeats], after so many that do not count; the tasks take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         for name, task in tasks.items():
             began = time.perf_counter()
             task()
             seconds[name].append(time.perf_counter() - began)
-    return {name: values[1:] for name, values in seconds.items()}
+    return {name: values[warm_up:] for name, values in seconds.items()}
 
 
 def show(seconds: Mapping[str, Sequence[float]]) -> None:
