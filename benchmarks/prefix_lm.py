@@ -64,6 +64,7 @@ class PrefixLM(_Base):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Request], *arguments: Any, **options: Any) -> list[Answer]:
+        check_parts(requests, self._label)
         check_room(max((len(request[2]) for request in requests), default=0), self.max_length, self._label)
         # The last token is predicted, never fed, so one more fits.
         self._count([len(context) + len(continuation) - 1 for _, context, continuation in requests], self.max_length)
@@ -92,9 +93,30 @@ class PrefixLM(_Base):
 
 
 def shares(model: Any) -> bool:
-    """Whether a model can read trees after a cache: its attention takes any mask, and its cache keeps every token."""
-    usual = model.config._attn_implementation in ("sdpa", "eager") and not model.config.is_encoder_decoder
-    return usual and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    """Whether a model can read trees after a cache.
+
+    Its attention must take any mask, its cache keep every token, and its keys depend on where a token stands alone (with
+    longrope they depend on the length of the prompt).
+    """
+    config = model.config
+    turns = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    usual = config._attn_implementation in ("sdpa", "eager") and not config.is_encoder_decoder and turns != "longrope"
+    return usual and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def check_parts(requests: Sequence[Request], task: str) -> None:
+    """Every prompt and every answer has tokens.
+
+    Raises:
+        UserError: an answer, which would otherwise be certain, or a prompt has none.
+    """
+    for (_, continuation), before, answer in ((request[0] or ("", ""), *request[1:]) for request in requests):
+        if not before or not answer:
+            what = f"the answer {continuation!r}" if before else f"what stands before the answer {continuation!r}"
+            raise UserError(
+                f"{task}: {what} has no token of its own with this model's tokenizer, so that it has no probability. "
+                "Leave the task out for this model."
+            )
 
 
 def check_room(tokens: int, limit: int, task: str) -> None:

@@ -23,6 +23,8 @@ Tokens = NDArray[np.int64]
 
 ROW = 256
 """Nodes of a row, at most, but for a longer sequence: a node's attention passes over all others of its row."""
+LONG = 2048
+"""Tokens after a prefix, at most: the mask of a longer row would outgrow the rest, so that its prompt is read alone."""
 WORTH = 0.25
 """Neighbours that share a smaller part of the longer one are left apart."""
 
@@ -88,7 +90,7 @@ def groups(prompts: Sequence[Prompt]) -> list[Group]:
     order = sorted(range(len(prompts)), key=lambda number: prompts[number].tokens.astype(">u4").tobytes())
     shared = [0, *(common(prompts[a].tokens, prompts[b].tokens) for a, b in pairwise(order))]
     forest = _Forest(prompts, order, shared)
-    return [forest.group(first, last) for first, last in forest.runs(0, len(order), 0)]
+    return [group for first, last in forest.runs(0, len(order), 0) for group in forest.groups(first, last)]
 
 
 def common(a: Tokens, b: Tokens) -> int:
@@ -114,14 +116,28 @@ class _Forest:
                 yield begin, place
                 begin = place
 
-    def group(self, first: int, last: int) -> Group:
-        """The neighbours as one group; its prefix leaves the position that is scored first to the rows."""
+    def groups(self, first: int, last: int) -> Iterator[Group]:
+        """The neighbours as one group, but for those that go on for long after its prefix.
+
+        A prefix leaves the position that is scored first to the rows.
+        """
         if last - first == 1 or self._nodes(first, last, 0) <= ROW:
-            return Group(np.empty(0, np.int64), [self._row(first, last, 0)])
+            yield self._without_prefix(first, last)
+            return
         scored = min(self.prompts[number].scored for number in self.order[first:last])
         start = min(scored, *self.shared[first + 1 : last])
         prefix = self.prompts[self.order[first]].tokens[:start]
-        return Group(prefix, [self._row(*ends, start) for ends in self._packed(first, last, start)])
+        rows = []
+        for begin, end in self._packed(first, last, start):
+            if self._nodes(begin, end, start) > LONG:
+                yield self._without_prefix(begin, end)
+            else:
+                rows.append(self._row(begin, end, start))
+        if rows:
+            yield Group(prefix, rows)
+
+    def _without_prefix(self, first: int, last: int) -> Group:
+        return Group(np.empty(0, np.int64), [self._row(first, last, 0)])
 
     def _packed(self, first: int, last: int, start: int) -> Iterator[tuple[int, int]]:
         """As many neighbours at a time as a row takes; those that share more than the prefix stay together."""

@@ -132,6 +132,14 @@ def test_a_sliding_window_is_left_to_stock(tokenizer):
     assert_same_answers(model, tokenizer)
 
 
+def test_longrope_is_left_to_stock(tokenizer):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    rope |= {"original_max_position_embeddings": 32, "factor": 2.0}
+    model = tiny_model("llama-gqa", dtype=torch.float32, rope_parameters=rope)
+    assert not prefix_lm.shares(model)
+    assert_same_answers(model, tokenizer)
+
+
 def test_the_side_of_padding_does_not_matter(tokenizer, inputs):
     left = AutoTokenizer.from_pretrained(inputs / "model", padding_side="left")
     model = tiny_model("llama-gqa", dtype=torch.float32)
@@ -205,6 +213,19 @@ def test_requests_that_the_model_has_no_room_for_are_counted(tokenizer):
     lm = ours(tiny_model("llama-gqa", dtype=torch.float32), tokenizer)
     lm._loglikelihood_tokens([(("", ""), [3] * length, [4, 5]) for length in (62, 63, 64, 80)])
     assert (lm.requests, lm.truncated) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "message"),
+    [
+        ([3], [], "task: the answer 'yes' has no token"),
+        ([], [4], "task: what stands before the answer 'yes' has no token"),
+    ],
+)
+def test_a_request_without_tokens_is_named(before, answer, message, tokenizer):
+    lm = ours(tiny_model("llama-gqa", dtype=torch.float32), tokenizer)
+    with pytest.raises(UserError, match=message):
+        lm._loglikelihood_tokens([*requests(2), (("so", "yes"), before, answer)])
 
 
 def test_a_choice_longer_than_the_window_is_named(tokenizer):

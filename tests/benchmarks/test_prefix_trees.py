@@ -118,3 +118,15 @@ def test_choices_stay_together_when_a_row_is_full():
 def test_what_shares_little_is_left_apart():
     found = groups([prompt([1, 2, *range(10, 40)], 20), prompt([1, 2, *range(50, 80)], 20)])
     assert [row.size for group in found for row in group.rows] == [32, 32]
+
+
+def test_what_goes_on_for_long_is_read_alone(monkeypatch):
+    monkeypatch.setattr(prefix_trees, "LONG", 300)
+    context = list(range(1000))
+    found = groups([prompt([*context, *[2000 + length] * length], 999) for length in (10, 299, 300)])
+    assert sorted((len(group.prefix), [row.size for row in group.rows]) for group in found) == [
+        (0, [1300]),
+        (999, [11, 300]),
+    ]
+    found = groups([prompt([*context, *[2000 + length] * length], 999) for length in (300, 301)])
+    assert [len(group.prefix) for group in found] == [0, 0]
