@@ -95,8 +95,8 @@ class PrefixLM(_Base):
 def shares(model: Any) -> bool:
     """Whether a model can read trees after a cache.
 
-    Its attention must take any mask, its cache keep every token, and its keys depend on where a token stands alone (with
-    longrope they depend on the length of the prompt).
+    Its attention must take any mask, its cache keep every token, and its keys depend on nothing but where a token
+    stands (with longrope they depend on the length of the prompt).
     """
     config = model.config
     turns = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
