@@ -1,4 +1,4 @@
-"""Writes the report: `report.md`, and every table in every format beside it."""
+"""Writes the report: `report.md`, every table in every format beside it, and the figures in a folder of their own."""
 
 import os
 from collections import Counter
@@ -12,6 +12,8 @@ from reports.comparison import plus_minus
 from reports.compression import compression_table
 from reports.cost import cost_table, size_table
 from reports.families import constructions_table, semi_structured_table
+from reports.figures import FAMILIES, figures
+from reports.figures.files import FOLDER, SUFFIXES, render
 from reports.formats import FORMATS, MARKDOWN, markdown
 from reports.perplexity import perplexity_table
 from reports.records import Record, ReportError
@@ -54,7 +56,7 @@ TABLES = (
 """The name of every table there can be."""
 
 
-def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[str, str]:
+def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[str, str | bytes]:
     """The content of every file of the report, by name.
 
     Args:
@@ -64,11 +66,16 @@ def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[
     built = [build(results) for build in BUILDERS]
     built += [cost_table(results, usd_per_hour)] if usd_per_hour else []
     tables = [table for table in (*built, unfinished_table(records)) if table]
+    plots, gaps = figures(results)
     report = MARKDOWN.get_template("report.md").render(
         facts=facts(results),
         cautions=list(cautions(results)),
         tables=[(table, Markup(markdown(table))) for table in tables],
         formats=list(FORMATS),
+        plots=plots,
+        gaps=gaps,
+        folder=FOLDER,
+        suffixes=SUFFIXES,
         plus_minus=plus_minus(results),
         best=any(cell.best for table in tables for row in table.rows for cell in row),
         tested=next((table.title for table in tables if table.name == "significance"), ""),
@@ -77,7 +84,7 @@ def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[
         done=sum(record.status == "done" for record in records),
     )
     contents = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
-    return {"report.md": report} | contents
+    return {"report.md": report} | contents | render(plots)
 
 
 def unfinished_table(records: Sequence[Record]) -> Table | None:
@@ -111,28 +118,35 @@ def _skipped_rows(records: Sequence[Record]) -> Iterator[tuple[Cell, ...]]:
         yield Cell(model), cells, Cell(None), Cell(None), Cell("task skipped"), Cell(f"{task}: {why}")
 
 
-def write(contents: Mapping[str, str], out: Path) -> None:
+def write(contents: Mapping[str, str | bytes], out: Path) -> None:
     """Write each file under a temporary name and rename it, so that none is ever half there.
 
-    Tables of an earlier report that this one does not have are removed, and nothing else.
+    Tables and figures of an earlier report that this one does not have are removed, and nothing else.
 
     Raises:
         ReportError: `out` cannot be written to.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
             _replace(out / name, content)
         for name in {f"{table}.{suffix}" for table in TABLES for suffix in FORMATS} - set(contents):
             (out / name).unlink(missing_ok=True)
+        for pattern in (f"{FOLDER}/{family.name}.*" for family in FAMILIES):
+            for path in out.glob(pattern):
+                if path.relative_to(out).as_posix() not in contents:
+                    path.unlink()
     except OSError as error:
         raise ReportError(f"The report cannot be written to {out}: {error}. Give --out another folder.") from error
 
 
-def _replace(path: Path, content: str) -> None:
+def _replace(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
+from reports.figures.files import SUFFIXES
 from reports.formats import FORMATS
 from reports.records import ReportError, read_all
 from reports.render import TABLES, files, write
@@ -18,6 +20,15 @@ SCORES = {"wikileads/token_ppl@512": [3.0, 3.5, 2.5]}
 SOME = {"value": 0.5, "stderr": None, "n": 1}
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn in test_figures.py, and here by the command only: it takes seconds."""
+    names = "figures/{}.{}".format
+    monkeypatch.setattr(
+        "reports.render.render", lambda plots: {names(plot.name, suffix): "" for plot in plots for suffix in SUFFIXES}
+    )
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The command, as a user types it."""
     return subprocess.run(
@@ -25,9 +36,14 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def contents(tmp_path: Path) -> dict[str, str]:
-    """The files of a report on the factory's matrix."""
-    return files(read_all(factory.write(tmp_path / "results", factory.matrix())))
+def contents(tmp_path: Path) -> dict[str, Any]:
+    """The files of a report on the factory's matrix, without its figures."""
+    return without_figures(files(read_all(factory.write(tmp_path / "results", factory.matrix()))))
+
+
+def without_figures(found: dict[str, Any]) -> dict[str, Any]:
+    """The report's page and its tables."""
+    return {name: content for name, content in found.items() if not name.startswith("figures/")}
 
 
 def test_command_writes_the_report_and_every_table_in_every_format(tmp_path: Path) -> None:
@@ -35,12 +51,13 @@ def test_command_writes_the_report_and_every_table_in_every_format(tmp_path: Pat
     done = run("--results", tmp_path / "results", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert str(tmp_path / "out" / "report.md") in done.stdout
-    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()} == expected
+    written = {path.name: path for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert {name: path.read_text(encoding="utf-8") for name, path in written.items()} == expected
     tables = ("perplexity", "zero-shot", "intervals", "size", "compression", "speed", "unfinished")
     assert set(expected) == {"report.md", *(f"{table}.{suffix}" for table in tables for suffix in FORMATS)}
 
 
-def test_report_holds_head_reading_aid_every_table_and_the_failed_cell_last(tmp_path: Path) -> None:
+def test_report_holds_head_reading_aid_every_table_the_failed_cell_and_figures(tmp_path: Path) -> None:
     found = contents(tmp_path)
     report = found["report.md"]
     headings = re.findall(r"^## (.+)$", report, re.MULTILINE)
@@ -56,6 +73,7 @@ def test_report_holds_head_reading_aid_every_table_and_the_failed_cell_last(tmp_
             "Speed",
         ),
         "Failed and skipped cells and tasks",
+        "Figures",
     ]
     assert "4f2a9c1 with uncommitted changes" in report
     assert "LinAlgError: eigenvalues of block 7 did not converge" in report
@@ -63,9 +81,9 @@ def test_report_holds_head_reading_aid_every_table_and_the_failed_cell_last(tmp_
 
 
 def test_every_link_of_the_report_leads_somewhere(tmp_path: Path) -> None:
-    found = contents(tmp_path)
+    found = files(read_all(factory.write(tmp_path / "results", factory.matrix())))
     page = MarkdownIt("commonmark", {"html": True}).enable("table").render(found["report.md"])
-    targets, anchors = set(re.findall(r'href="([^"]+)"', page)), set(re.findall(r'<a id="([^"]+)"', page))
+    targets, anchors = set(re.findall(r'(?:href|src)="([^"]+)"', page)), set(re.findall(r'<a id="([^"]+)"', page))
     assert targets and targets <= set(found) | {f"#{anchor}" for anchor in anchors}
 
 
@@ -96,8 +114,12 @@ def test_bad_results_end_in_one_paragraph_and_status_2_with_nothing_written(tmp_
 def test_tables_of_an_earlier_report_are_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in ("unfinished.md", "few-shot.html", "notes.md", "size.txt"):
         (tmp_path / name).write_text("old")
-    write({"report.md": "x", "size.csv": "x"}, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "size.csv", "notes.md", "size.txt"}
+    (tmp_path / "figures").mkdir()
+    for name in ("cost.old.svg", "cost.new.svg", "mine.svg"):
+        (tmp_path / "figures" / name).write_text("old")
+    write({"report.md": "x", "size.csv": "x", "figures/cost.new.svg": "x"}, tmp_path)
+    kept = {"report.md", "size.csv", "notes.md", "size.txt", "cost.new.svg", "mine.svg"}
+    assert {path.name for path in tmp_path.rglob("*.*")} == kept
 
 
 def test_every_table_is_known_by_name(tmp_path: Path) -> None:
@@ -106,7 +128,7 @@ def test_every_table_is_known_by_name(tmp_path: Path) -> None:
     records = [factory.record(metrics=metrics), factory.record(method="wanda", ratio=0.6)]
     records += [factory.record(method="cmoe", ratio=0.6), factory.failed("tiny-llama", "shortgpt", 0.6, "boom")]
     records += [factory.sampled(factory.record(method=name, ratio=0.7), SCORES) for name in ("sleb", "slicegpt")]
-    found = files(read_all(factory.write(tmp_path, records)), usd_per_hour=2.5)
+    found = without_figures(files(read_all(factory.write(tmp_path, records)), usd_per_hour=2.5))
     assert {name for name in found if name != "report.md"} == {f"{table}.{x}" for table in TABLES for x in FORMATS}
 
 
