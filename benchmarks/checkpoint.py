@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import methods
-from benchmarks import data, launch, models, record, sharing, store
+from benchmarks import data, launch, models, record, routes, sharing, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
 from methods import modeling
@@ -59,6 +59,7 @@ def make(job: Job, progress: Tracker) -> None:
         }
         store.write_json(record.measured_file(partial), measured)
         store.write_json(job.folder / "structure.json", structure_of(model, calibration))
+        routes.write(job.folder, model, tokenizer)
 
 
 def assist(job: Job) -> None:

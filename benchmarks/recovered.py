@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks import checkpoint, data, launch, models, record, store
+from benchmarks import checkpoint, data, launch, models, record, routes, store
 from benchmarks.job import Job
 from benchmarks.progress import Tracker
 from methods.base import Progress, Silent
@@ -35,6 +35,7 @@ def make(job: Job, progress: Tracker) -> None:
     notes: list[str] = [*before["notes"]]
     spent = _recover(job, model, tokenizer, calibration, progress, notes)
     recover_s, counted, structure = laps.lap(), footprint(model), checkpoint.structure_of(model, calibration)
+    routes.write(job.folder, model, tokenizer)
     with checkpoint.arriving(job.scratch / "checkpoint") as partial:
         adapters.save(model, partial)
         model.save_pretrained(partial)

@@ -2,6 +2,7 @@
 
 python -m reports --results results --out report
 python -m reports --results results --out report --usd-per-hour 2.50
+python -m reports tokens results/tiny-llama/tomoe/0.5 --layers 0 4 9
 """
 
 import argparse
@@ -9,6 +10,7 @@ import math
 import sys
 from pathlib import Path
 
+from reports import coloured
 from reports.records import ReportError, read_all
 from reports.render import files, write
 
@@ -30,6 +32,8 @@ def price(text: str) -> float:
 
 def main() -> int:
     """Read, render, write; the exit status is 2 where the report cannot be made."""
+    if sys.argv[1:2] == ["tokens"]:
+        return coloured.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m reports", description=__doc__)
     parser.add_argument("--results", type=Path, required=True, help="folder that run_all.py --out wrote to")
     parser.add_argument("--out", type=Path, required=True, help="folder for report.md and the tables")

@@ -22,6 +22,7 @@ from reports.significance import intervals_table, significance_table
 from reports.speed import latency_table, speed_table, work_table
 from reports.summary import cautions, facts
 from reports.tables import UNLIKE, Cell, Column, Table, percent
+from reports.web import page
 
 BUILDERS = (
     perplexity_table,
@@ -84,7 +85,8 @@ def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[
         done=sum(record.status == "done" for record in records),
     )
     contents = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
-    return {"report.md": report} | contents | render(plots)
+    contents |= render(plots)
+    return {"report.md": report, "index.html": page(records, plots, contents)} | contents
 
 
 def unfinished_table(records: Sequence[Record]) -> Table | None:

@@ -4,7 +4,7 @@
 # expert, U neurons in use.
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +12,29 @@ from transformers import PreTrainedModel
 
 from methods.modeling.structures.moe_mlp import MoEMLP, mixtures
 
+Told = TypeVar("Told")
+
 
 @torch.no_grad()
-def expert_choices(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> list[Tensor | None]:
-    """Which experts each token meets in each block, best first, int64 [B, T, k]; None where the MLP is dense.
+def routed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    tell: Callable[[MoEMLP, Tensor], Told],
+    attention_mask: Tensor | None = None,
+) -> list[Told | None]:
+    """What there is to tell of each block's routing in one pass; None where the MLP is dense.
 
     Args:
         input_ids: int64 [B, T].
+        tell: gets a mixture and its router's logits, [B T, N], while the pass is at that block.
         attention_mask: True where a token is real, [B, T]; padding gets experts as well.
     """
     found = mixtures(model)
-    choices: list[Tensor | None] = [None] * len(found)
+    told: list[Told | None] = [None] * len(found)
 
     def keep(i: int, moe: MoEMLP) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple, logits: Tensor) -> None:
-            choices[i] = moe.choose(logits).experts_Tk.view(*input_ids.shape, -1)
+            told[i] = tell(moe, logits)
 
         return seen
 
@@ -38,14 +44,29 @@ def expert_choices(
     finally:
         for handle in handles:
             handle.remove()
-    return choices
+    return told
+
+
+def expert_choices(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> list[Tensor | None]:
+    """Which experts each token meets in each block, best first, int64 [B, T, k]; None where the MLP is dense.
+
+    Args:
+        input_ids, attention_mask: as for `routed`.
+    """
+
+    def choice(moe: MoEMLP, logits: Tensor) -> Tensor:
+        return moe.choose(logits).experts_Tk.view(*input_ids.shape, -1)
+
+    return routed(model, input_ids, choice, attention_mask)
 
 
 def expert_ids(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The first choice of each token in each block, int64 [L, B, T]; -1 where the MLP is dense.
 
     Args:
-        input_ids, attention_mask: as for `expert_choices`.
+        input_ids, attention_mask: as for `routed`.
     """
     dense_BT = torch.full_like(input_ids, -1)
     choices = expert_choices(model, input_ids, attention_mask)

@@ -1,0 +1,111 @@
+"""Tokens in their experts' colours: what is read, what a terminal shows, and whether it can be read."""
+
+import copy
+import doctest
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from reports import coloured
+from reports.records import ReportError
+from tests.reports import factory, routed
+
+
+def _folder(tmp_path: Path, content: dict[str, Any]) -> Path:
+    factory.write(tmp_path, [factory.record("tiny-llama", "tomoe", 0.5)])
+    (record,) = tmp_path.rglob("record.json")
+    routed.write(record, content)
+    return record
+
+
+def _shown(record: Path, layers: list[int], **options: Any) -> str:
+    stream = io.StringIO()
+    routes = coloured.read(record)
+    assert routes
+    coloured.show(routes, layers, Console(file=stream, width=200, **options))
+    return stream.getvalue()
+
+
+def test_examples_of_the_docstrings() -> None:
+    assert doctest.testmod(coloured).failed == 0
+
+
+def test_without_colours_experts_are_numbers(tmp_path: Path) -> None:
+    lines = _shown(_folder(tmp_path, routed.routes()), [2]).splitlines()
+    assert lines[0] == "encyclopaedic, layer 2 experts  0   1   2   3 "
+    assert lines[1:3] == ["The₂ El₃be₀ <b>₁◌₂模₃⏎₀", "····₁x�[31m₂"]
+    assert sum("layer" in line for line in lines) == 2  # one per text
+
+
+def test_with_colours_each_token_has_that_of_its_expert(tmp_path: Path) -> None:
+    text = _shown(_folder(tmp_path, routed.routes()), [0], force_terminal=True, color_system="truecolor")
+    red, green, blue = (int(coloured.COLOURS[1][i : i + 2], 16) for i in (1, 3, 5))
+    assert f"\x1b[38;2;0;0;0;48;2;{red};{green};{blue}m El\x1b[0m" in text
+    assert "₁" not in text and "\x1b[31m" not in text
+
+
+def test_more_experts_than_colours_are_numbered(tmp_path: Path) -> None:
+    text = _shown(_folder(tmp_path, routed.routes(experts=9)), [5], force_terminal=True, color_system="truecolor")
+    assert " El₆" in text
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _folder(tmp_path, routed.routes())
+    assert coloured.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"code, layer {layer} " in out for layer in (0, 2, 5))
+    assert coloured.main([str(tmp_path), "--layers", "2"]) == 0
+    assert "layer 0" not in capsys.readouterr().out
+    assert coloured.main([str(tmp_path), "--layers", "1", "2"]) == 2
+    assert capsys.readouterr().err == "--layers 1: no such layer has experts. Those that have: 0, 2, 5.\n"
+
+
+def test_without_routes_the_command_says_what_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    factory.write(tmp_path, [factory.record()])
+    assert coloured.main([str(tmp_path)]) == 2
+    assert "run_all.py --models tiny-llama --methods tomoe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("texts"),
+        lambda content: content.update(texts=[]),
+        lambda content: content["texts"][0]["layers"].pop(),
+        lambda content: content["texts"][0]["tokens"].pop(),
+        lambda content: content["texts"][0]["layers"][0]["experts"].__setitem__(0, [4]),
+        lambda content: content["texts"][0]["layers"][0]["experts"].__setitem__(0, []),
+        lambda content: content["texts"][0]["layers"][0]["probabilities"].__setitem__(0, [float("nan")]),
+        lambda content: content["texts"][0]["layers"][0]["probabilities"].__setitem__(0, [0.1, 0.2]),
+    ],
+)
+def test_damaged_routes_are_refused(tmp_path: Path, damage: Any) -> None:
+    content = copy.deepcopy(routed.routes())
+    damage(content)
+    with pytest.raises(ReportError, match=r"routes\.json is damaged .* --force"):
+        coloured.read(_folder(tmp_path, content))
+
+
+@given(st.text())
+def test_what_is_shown_has_no_control_characters_and_is_never_empty(token: str) -> None:
+    shown, breaks = coloured.visible(token)
+    assert shown.strip(" ") and shown.isprintable() and len(breaks) == token.count("\n")
+
+
+def _luminance(colour: str) -> float:
+    shares = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_tokens_are_readable_on_every_colour() -> None:
+    for colour, ink in zip(coloured.COLOURS, coloured.INKS, strict=True):
+        low, high = sorted([_luminance(colour), _luminance(ink)])
+        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2, level AA
+    assert len(set(coloured.COLOURS)) == 8 and all(a != b for a, b in itertools.combinations(coloured.COLOURS, 2))

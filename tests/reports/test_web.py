@@ -1,0 +1,145 @@
+"""The web page without a browser: what stands in it."""
+
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lxml import html
+from matplotlib.figure import Figure
+
+from reports.figures import Plot
+from reports.records import read_all
+from reports.render import files
+from reports.web import page
+from tests.reports import factory, routed
+
+EVIL = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"'&"
+
+
+def plot(name: str) -> Plot:
+    """A figure that is drawn already."""
+    return Plot(name=name, title=f"{name} & co", caption="What <b> is.", rows=[], draw=lambda rows: Figure())
+
+
+def _tree(tmp_path: Path, records: list[dict[str, Any]], pictures: dict[str, str | bytes] | None = None) -> Any:
+    names = dict.fromkeys(name.removeprefix("figures/").partition(".")[0] for name in pictures or {})
+    return html.fromstring(page(read_all(factory.write(tmp_path, records)), [*map(plot, names)], pictures or {}))
+
+
+def _rows(tree: Any) -> list[list[str]]:
+    return [[cell.text_content() for cell in row] for row in tree.xpath("//*[@id='board']//tbody/tr")]
+
+
+def _embedded(tree: Any, name: str) -> Any:
+    return json.loads(tree.get_element_by_id(name).text)
+
+
+def test_the_leaderboard_has_the_numbers_and_marks_of_the_tables(tmp_path: Path) -> None:
+    contents = files(read_all(factory.write(tmp_path, factory.matrix())))
+    tree = html.fromstring(str(contents["index.html"]))
+    heads = [head.get("data-key") for head in tree.xpath("//*[@id='board']//thead//th")]
+    shown = {(row[1], row[0], row[2]): row for row in _rows(tree)}
+    rows = tree.xpath("//*[@id='board']//tbody/tr")
+    table = html.fromstring(contents["zero-shot.html"])
+    model = ""
+    for row in table.xpath("//tbody/tr"):
+        texts = [cell.text_content() for cell in row]
+        model = texts[0] or model
+        own = shown[model, texts[3], texts[1]]
+        assert own[3] == texts[2] and own[heads.index("wikileads_mc: acc")] == texts[-2]
+        assert own[heads.index("Average")] == texts[-1]
+    best = {cell.text_content() for row in rows for cell in row.xpath("td/strong")}
+    assert {cell.text_content() for cell in table.xpath("//td/strong")} < best
+    assert any("†" in row[3] for row in _rows(tree))
+
+
+def test_what_failed_is_in_it_with_the_reason(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, factory.matrix())
+    (row,) = (row for row in _rows(tree) if row[4].startswith("failed"))
+    assert row[:3] == ["slicegpt", "tiny-llama", "60"] and row[4].endswith("block 7 did not converge")
+    assert set(row[5:]) == {"-"}
+
+
+def test_provenance_is_there_once_per_cell(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, [factory.record(), factory.record(seed=1), factory.record(method="shortgpt", ratio=0.8)])
+    details = _embedded(tree, "details")
+    assert [len(records) for records in details["rows"]] == [2, 1]
+    lines = [dict(details["lines"][number] for number in record) for record in details["rows"][0]]
+    assert [line["seed"] for line in lines] == ["0", "1"]
+    assert lines[0]["git commit"] == "4f2a9c1" and lines[0]["device"] == "cpu: 2 cores"
+    assert lines[0]["dataset revisions"] == "wikileads: 0.0.7; moby-dick: 0.2.3"
+    assert lines[0]["command"].startswith("python run_all.py")
+
+
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
+    record = factory.record(EVIL, EVIL, 0.5, error=EVIL, notes=[EVIL], provenance__command=EVIL)
+    record["metrics"] = {f"{EVIL}/acc@0shot": record["metrics"]["arc_easy/acc@0shot"]}
+    tree = _tree(tmp_path, [record])
+    assert len(tree.xpath("//script")) == 3 and not tree.xpath("//img")
+    assert EVIL in _rows(tree)[0]
+    assert ["command", EVIL] in _embedded(tree, "details")["lines"]
+
+
+def test_only_its_own_script_may_run_and_nothing_is_fetched(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, factory.matrix())
+    (policy,) = tree.xpath("//meta[@http-equiv]/@content")
+    digest = base64.b64encode(hashlib.sha256(tree.xpath("//script")[-1].text.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; img-src data:;") and f"script-src 'sha256-{digest}'" in policy
+    assert not [link for *_, link, _ in tree.iterlinks() if not link.startswith(("#", "data:"))]
+
+
+def test_figures_are_data_the_smaller_of_svg_and_png(tmp_path: Path) -> None:
+    pictures: dict[str, str | bytes] = {
+        "figures/a.svg": "<svg/>",
+        "figures/a.png": b"\x89PNG longer",
+        "figures/b.svg": "<svg>longer</svg>",
+        "figures/b.png": b"\x89PNG",
+    }
+    tree = _tree(tmp_path, [factory.record()], pictures)
+    images = tree.xpath("//*[@id='figures']//img")
+    assert [image.get("alt") for image in images] == ["a & co", "b & co"]
+    assert [text.text_content() for text in tree.xpath("//figcaption")] == [f"{x} & co. What <b> is." for x in "ab"]
+    assert [image.get("src").partition(";")[0] for image in images] == ["data:image/svg+xml", "data:image/png"]
+    assert base64.b64decode(images[0].get("src").partition(",")[2]) == b"<svg/>"
+
+
+def _routed(tmp_path: Path, **damage: Any) -> Any:
+    factory.write(tmp_path, [factory.record(), *(factory.record(method="tomoe", ratio=r) for r in (0.7, 0.5))])
+    for path in tmp_path.rglob("record.json"):
+        if (ratio := json.loads(path.read_text())["cell"]["ratio"]) < 1:
+            routed.write(path, routed.routes(experts=4 if ratio == 0.7 else 12) | damage)
+    return html.fromstring(page(read_all(tmp_path), [], {}))
+
+
+def test_texts_show_the_smallest_ratio_with_every_token_in_its_colour(tmp_path: Path) -> None:
+    tree = _routed(tmp_path)
+    assert [place.text for place in tree.xpath("//*[@class='routes']/summary")] == ["tiny-llama tomoe at 50 %"]
+    first = tree.xpath("//*[contains(@class, 'tokens')]")[0]
+    spans = first.xpath("span")
+    assert "numbered" in first.get("class")
+    assert [span.get("data-expert") for span in spans] == [str((t + 2) % 12) for t in range(9)]  # the middle layer
+    assert [spans[t].get("class") for t in (0, 6, 7)] == ["e2 p0", "e0 p1", "e1 p1"]
+    assert [span.text for span in spans[2:8]] == ["be", " <b>", "◌", "模", "⏎", "····"]
+    assert _embedded(tree, "routes")[0][0][1]["experts"][:2] == [[2], [3]]
+
+
+def test_damaged_texts_are_said_to_be(tmp_path: Path) -> None:
+    assert "is damaged" in _routed(tmp_path, texts=[]).xpath("//*[@class='routes']/*[@class='note']")[0].text
+
+
+def test_twice_the_same(tmp_path: Path) -> None:
+    records = read_all(factory.write(tmp_path, factory.matrix()))
+    assert page(records, [], {}) == page(records, [], {})
+
+
+@pytest.mark.parametrize("records", [[factory.failed("tiny-llama", "tomoe", 0.5, "no memory", "skipped")]])
+def test_a_run_without_numbers_has_a_page(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    assert _rows(_tree(tmp_path, records)) == [["tomoe", "tiny-llama", "50", "-", "skipped: no memory"]]
+
+
+def test_the_script_uses_as_many_looks_as_the_page(tmp_path: Path) -> None:
+    assert len(set(re.findall(r"^\.e\d", page([], [], {}), re.MULTILINE))) == 8

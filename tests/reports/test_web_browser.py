@@ -1,0 +1,193 @@
+"""The web page in real headless Chromium: sorting, filtering, keyboard, phone, nothing fetched, nothing injected."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from reports.records import read_all
+from reports.web import page
+from tests.reports import factory, routed
+from tests.reports.test_web import EVIL, plot
+
+PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
+pytestmark = pytest.mark.skipif(
+    None in PROGRAMS, reason="chromium or chromedriver is not there: apt-get install chromium chromium-driver"
+)
+FIGURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle r="4" cx="4" cy="4"/></svg>'
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("web")
+    tomoe = factory.record(method="tomoe", ratio=0.6, notes=["a note"])
+    del tomoe["metrics"]["wikileads/token_ppl@512"]
+    factory.write(folder, [tomoe, *factory.matrix(), factory.record(EVIL, "tomoe", 0.5, provenance__command=EVIL)])
+    for path in folder.rglob("record.json"):
+        if json.loads(path.read_text())["cell"]["method"] == "tomoe":
+            routed.write(path, routed.routes())
+    made = folder / "index.html"
+    made.write_text(
+        page(read_all(folder), [plot("a")], {"figures/a.svg": FIGURE, "figures/a.png": FIGURE + " "}), encoding="utf-8"
+    )
+    return made.as_uri()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
+        options.add_argument(argument)
+    options.binary_location = str(PROGRAMS[0])
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(PROGRAMS[1])))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any, address: str) -> Iterator[Any]:
+    """At the page, freshly loaded; afterwards nothing must have been fetched, run or complained about."""
+    chromium.get("about:blank")
+    chromium.get_log("performance")
+    chromium.get(address)
+    yield chromium
+    assert chromium.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert {url.partition("#")[0] for url in sent if not url.startswith("data:")} <= {address}
+    assert chromium.execute_script("return window.hacked") is None
+
+
+def _find(browser: Any, selector: str) -> list[Any]:
+    return browser.find_elements("css selector", selector)
+
+
+def _column(browser: Any, name: str) -> list[str]:
+    """The column's texts in the visible rows, from top to bottom."""
+    return browser.execute_script(
+        "const n = [...document.querySelectorAll('#board thead th')].findIndex(h => h.dataset.key === arguments[0]);"
+        "return [...document.querySelectorAll('#board tbody tr:not([hidden])')].map(r => r.cells[n].textContent)",
+        name,
+    )
+
+
+def _press(browser: Any, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def _focused(browser: Any) -> str:
+    return browser.switch_to.active_element.text
+
+
+def test_a_column_sorts_both_ways_by_number_and_keeps_what_is_missing_last(browser: Any) -> None:
+    name = "wikileads: ppl @512"
+    (head,) = (head for head in _find(browser, "#board thead th") if head.get_attribute("data-key") == name)
+    for state, sign in (("ascending", 1), ("descending", -1)):
+        head.find_element("css selector", "button").click()
+        assert head.get_attribute("aria-sort") == state
+        *numbers, first, second = _column(browser, name)
+        values = [sign * float(number.split()[0]) for number in numbers]
+        assert first == second == "-" and values == sorted(values) and len(values) == 10
+    assert "sort=wikileads%3A+ppl+%40512&down=1" in browser.current_url
+
+
+def test_filters_narrow_rows_and_columns_and_the_address_keeps_them(browser: Any) -> None:
+    from selenium.webdriver.support.select import Select
+
+    for name, value in (("model", "tiny-llama"), ("ratio", "60"), ("task", "arc_easy")):
+        Select(_find(browser, f"#board select[name={name}]")[0]).select_by_value(value)
+    assert _column(browser, "Method") == ["shortgpt", "tomoe", "slicegpt"]
+    shown = [head.get_attribute("data-key") for head in _find(browser, "#board thead th") if head.is_displayed()]
+    assert shown == ["Method", "Model", "Asked, %", "Counted, %", "Status", "arc_easy: acc_norm"]
+    assert _find(browser, "#count")[0].text == "3 of 12 rows"
+    browser.refresh()
+    assert len(_column(browser, "Method")) == 3
+    _find(browser, "button[type=reset]")[0].click()
+    assert len(_column(browser, "Method")) == 12 and "=" not in browser.current_url
+
+
+def test_everything_works_with_keys_alone(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser.execute_script("document.querySelector('#board select[name=task]').focus()")
+    _press(browser, Keys.TAB)
+    assert _focused(browser) == "Show all"
+    _press(browser, Keys.TAB, Keys.TAB)  # by the table, which scrolls with the arrow keys
+    assert _focused(browser).startswith("Method")
+    outline = browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    _press(browser, Keys.ENTER)
+    methods = _column(browser, "Method")
+    assert methods == sorted(methods) and "sort=Method" in browser.current_url
+
+
+def test_a_row_opens_its_provenance_and_gives_the_focus_back(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    (button,) = (b for b in _find(browser, "tr[data-model=tiny-llama] .more") if b.text == "tomoe")
+    browser.execute_script("arguments[0].focus()", button)
+    _press(browser, Keys.ENTER)
+    text = _find(browser, "dialog[open]")[0].text
+    for part in ("tiny-llama, tomoe, 60 %", "a note", "4f2a9c1", "torch: 2.13.0", "cpu: 2 cores", "python run_all.py"):
+        assert part in text
+    _press(browser, Keys.ESCAPE)
+    assert not _find(browser, "dialog[open]") and browser.switch_to.active_element == button
+
+
+def test_tokens_tell_layer_expert_and_probability(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.select import Select
+
+    text = _find(browser, ".tokens")[0]
+    spans = text.find_elements("css selector", "span")
+    assert spans[1].get_attribute("title") == "layer 2: expert 3 (0.4500)"
+    browser.execute_script("arguments[0].focus()", text)
+    _press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert _find(browser, ".told")[0].text == "“ El”, layer 2: expert 3 (0.4500)"
+    _press(browser, Keys.ARROW_LEFT)
+    assert _find(browser, ".told")[0].text == "“The”, layer 2: expert 2 (0.9000)"
+    Select(_find(browser, ".routes select")[0]).select_by_visible_text("5")
+    assert spans[1].get_attribute("title") == "layer 5: expert 2 (0.4500)"
+    assert spans[1].get_attribute("class") == "e2 p0"
+    spans[1].click()
+    assert _find(browser, ".told")[0].text == "“ El”, layer 5: expert 2 (0.4500)"
+
+
+def test_injected_names_are_shown_as_they_are(browser: Any) -> None:
+    (row,) = (row for row in _find(browser, "#board tbody tr") if row.get_attribute("data-model") == EVIL)
+    row.find_element("css selector", ".more").click()
+    assert EVIL in _find(browser, "dialog[open]")[0].text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_only_downwards(browser: Any, scheme: str) -> None:
+    try:
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        browser.execute_script("document.querySelectorAll('details').forEach(place => place.open = true)")
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_without_scripts_the_tables_and_texts_are_there(browser: Any, address: str) -> None:
+    try:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+        browser.get(address)
+        assert len(_find(browser, "#board tbody tr")) == 12 and not _find(browser, "#board form")[0].is_displayed()
+        assert _find(browser, ".tokens span")[0].value_of_css_property("background-color") == "rgba(0, 158, 115, 1)"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
