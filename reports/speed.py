@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from reports.comparison import IDENTITY, identity, metric_names, plus_minus, pooled_cell, remarks
-from reports.results import Result, by_model
+from reports.results import Pooled, Result, by_model
 from reports.tables import Cell, Column, Table, legend, number
 
 PHASES = ("prefill", "decode")
@@ -74,7 +74,7 @@ def speed_table(results: Sequence[Result]) -> Table | None:
         f"± is {plus_minus(timed(results))}.",
         SPEED,
         results,
-        lambda measured: (*_not_faster(measured), *_without_room(measured), *_hardware(measured)),
+        lambda measured: (*_not_faster(measured), *_last_batches(measured), *_hardware(measured)),
     )
 
 
@@ -160,10 +160,23 @@ def _slow_phases(result: Result, batch: str) -> Iterator[str]:
             yield f"{phase} at batch {batch[1:]} ({number(ratio.value, ratio.error)} of its speed)"
 
 
+def _last_batches(results: Sequence[Result]) -> Iterator[str]:
+    """Where memory ended the sweep, and that elsewhere it was the preset's list."""
+    yield from _without_room(results)
+    tried = [result.metric("speed/largest_batch") for result in results if not _refused(result)]
+    if lasts := sorted({last.value for last in tried if last}):
+        batches = " or ".join(f"{last:g}" for last in lasts)
+        yield f"Where memory did not end the sweep, the preset's last batch did ({batches}): larger ones may fit."
+
+
+def _refused(result: Result) -> Pooled | None:
+    return result.metric("speed/batch_without_room")
+
+
 def _without_room(results: Sequence[Result]) -> Iterator[str]:
     """A sentence per model whose sweep memory ended. A compressed model has the dense one beside it there."""
     for result in results:
-        last, refused = result.metric("speed/largest_batch"), result.metric("speed/batch_without_room")
+        last, refused = result.metric("speed/largest_batch"), _refused(result)
         if last and refused:
             beside = "" if result.dense else " beside the dense model"
             yield f"{result.title}: memory holds a batch of {last.value:g}{beside}, not of {refused.value:g}."
@@ -190,5 +203,8 @@ def _energy(results: Sequence[Result]) -> Iterator[str]:
 def _hardware(results: Sequence[Result]) -> Iterator[str]:
     origins = [record.provenance for result in results for record in result.records]
     devices = sorted({str(((origin.get("tasks") or {}).get("speed") or origin).get("device")) for origin in origins})
+    counts = sorted({count.value for result in results if (count := result.metric("speed/threads"))})
+    if counts:
+        yield f"Timed with {' or '.join(f'{count:g}' for count in counts)} processor threads."
     if len(devices) > 1:
         yield f"Timed on different devices, so compare only 'vs dense' between rows: {'; '.join(devices)}."

@@ -4,10 +4,10 @@
 
 A generation reads a prompt and goes on greedily with a KV cache (`generation`). At each batch size the first one of
 each model warms up and is not counted. A repeat is a turn of generations, one of each model after the other, as many as
-half a second holds (of small models one is too short to be timed alone); so a busy machine slows both alike, and every
-ratio is of two neighbours. The sweep ends where memory does (`memory`): a device may run out of it, on the host the
-next batch is predicted to, so that nothing is ever swapped. What a pass has to do, and the least time for it, is
-counted from the tensors and from what the device was just seen to do (`work`, `roofline`).
+a second holds (of small models one is too short to be timed alone); so a busy machine slows both alike, and every ratio
+is of two neighbours. The sweep ends where memory does (`memory`): a device may run out of it, on the host the next
+batch is predicted to, so that nothing is ever swapped; or else at the preset's last batch. What a pass has to do, and
+the least time for it, is counted from the tensors and from what the device was just seen to do (`work`, `roofline`).
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ from benchmarks.metric import Metric
 from benchmarks.speed import summary
 from benchmarks.speed.energy import counter
 from benchmarks.speed.generation import Generation, make_prompt, run
-from benchmarks.speed.memory import Usage, fits_host, peak, reset_peak, weights_bytes
+from benchmarks.speed.memory import Usage, fits_host, peak, reset_peak, touch, weights_bytes
 from benchmarks.speed.roofline import ceilings
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from benchmarks.presets import Preset
     from methods.base import Progress
 
-VERSION = "2"
+VERSION = "3"
 """Of the procedure above; goes into the record."""
-TURN_S = 0.5
+TURN_S = 1.0
 """Seconds that a turn takes at least, unless `MOST` generations of a model are shorter."""
 MOST = 50
 
@@ -71,6 +71,8 @@ class Sweep:
         self.models = [model] if dense is None else [model, dense]
         self.settings, self.device = settings, model.device
         self.ceilings, self.counter = ceilings(model.device, model.dtype), counter(model.device)
+        for each in self.models:
+            touch(each)
         self.at_rest = reset_peak(self.device)
         self.last: tuple[int, int] | None = None
         """The last batch, and the bytes that the process came to have for it; None: there was none, or who knows."""

@@ -3,11 +3,11 @@
 Every token is waited for, as whoever shows it would, so that each has a latency: the first one that of the prompt.
 """
 
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from benchmarks.speed.clock import now
 from benchmarks.speed.energy import Counter
 from benchmarks.speed.memory import cache_bytes
 
@@ -88,21 +88,16 @@ class _Phase:
         self.device, self.counter = device, counter
         self.start = counter.read() if counter else ()
         self.seconds: list[float] = []
-        self.last = self._now()
+        self.last = now(device)
 
     def next_token(self, logits: "Tensor") -> "Tensor":
         """The token that follows, [B, 1], from logits [B, 1, V], and how long it took."""
         token = logits.argmax(-1)
-        now = self._now()
-        self.seconds.append(now - self.last)
-        self.last = now
+        done = now(self.device)
+        self.seconds.append(done - self.last)
+        self.last = done
         return token
 
     def joules(self) -> float | None:
         """What was drawn since the start."""
         return self.counter.between(self.start, self.counter.read()) if self.counter else None
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

@@ -1,5 +1,6 @@
 """Memory of a generation: the most that it used, what its KV cache holds, and whether a larger batch will fit."""
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,8 +30,15 @@ class Usage(NamedTuple):
 
 
 def weights_bytes(model: "PreTrainedModel") -> int:
-    """Bytes of the parameters, shared ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of the parameters and of the buffers (masks, lists of what is kept), shared ones once."""
+    return sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+
+
+@torch.no_grad()
+def touch(model: "PreTrainedModel") -> None:
+    """Read all of a model once: loaded in its file's dtype it is only mapped, and takes memory when first used."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.sum()
 
 
 def cache_bytes(cache: "Cache") -> int:

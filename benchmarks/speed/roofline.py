@@ -6,13 +6,13 @@ bandwidth: the sum of a tensor much larger than caches. peak: a square product i
 few, in the process and run that times the model. A model that fits into the caches of a processor can be faster.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.speed.clock import now
 from benchmarks.speed.work import Work
 
 READ = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -58,9 +58,7 @@ def _best(task: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of a few; the first is left out, as it fetches and chooses kernels."""
     seconds = []
     for _ in range(1 + TRIES):
-        began = time.perf_counter()
+        began = now(device)
         task()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now(device) - began)
     return min(seconds[1:])

@@ -9,9 +9,10 @@
 | `{prefill,decode}_time_over_bound@bN` | median time over the least time (`roofline`) |
 | `{prefill,decode}_joules_per_token@bN` | mean over generations, where there is a counter (`energy`) |
 | `peak_bytes@bN`, `peak_host_bytes@bN` | memory where the model runs; of the process that feeds a device |
-| `weights_bytes`, `cache_bytes_per_token` | of the parameters; of the KV cache |
+| `weights_bytes`, `cache_bytes_per_token` | of parameters and buffers; of the KV cache |
 | `{prefill,decode}_flops_per_token` | of the prompt, and of the token after it (`work`) |
 | `read_bytes_per_s`, `peak_flops_per_s` | what the device was seen to do |
+| `threads` | that share the work of a pass, where the processor does it |
 """
 
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def work(model: "PreTrainedModel", own: Sequence[Generation], ceilings: Ceilings
     }
     metrics = {"weights_bytes": weights_bytes(model), "cache_bytes_per_token": cache_bytes}
     metrics |= {"read_bytes_per_s": ceilings.bandwidth, "peak_flops_per_s": ceilings.peak}
+    if model.device.type == "cpu":
+        metrics["threads"] = torch.get_num_threads()
     for phase, (count, tokens, seconds) in passes.items():
         done = count(model, batch, length, cache_bytes)
         metrics[f"{phase}_flops_per_token"] = done.flops / tokens

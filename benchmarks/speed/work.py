@@ -8,25 +8,28 @@
     attention    per pair of a query and a position it sees: heads x (query width + values that the token uses)
     pairs        B T (T + 1) / 2 for B prompts of T tokens, B (T + 1) for the token that comes after them
 
-    bytes = (blocks that `tokens` tokens are expected to touch + head) x bytes per element + KV cache
+    bytes = (blocks that `tokens` tokens are expected to touch + head) x bytes per element + tables + KV cache
 
-The cache is written by the prompt and read by the token after it. Of n tokens that choose k of N experts by chance a
-neuron of c experts is touched by one or more with probability 1 - (C(N - c, k) / C(N, k))^n; unequal experts therefore
-count by their mean. Not counted: looking up embeddings, norms, activations, biases, the choosing itself, and what an
-implementation does besides (masked experts, zeros of sparse projections).
+Tables say which elements are there: masks of sparse projections, lists of kept rows, columns and dimensions, lists of
+the experts' neurons unless these lie in a row. The cache is written by the prompt and read by the token after it. Of n
+tokens that choose k of N experts by chance a neuron of c experts is touched by one or more with probability
+1 - (C(N - c, k) / C(N, k))^n; unequal experts therefore count by their mean. Not counted: looking up embeddings, norms,
+activations, biases, the choosing itself, and what an implementation does besides (masked experts, zeros of sparse
+projections).
 """
 
 # Shape suffixes: U neurons of all experts.
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import comb
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from methods.modeling.decoder import Decoder, DecoderLayer
 from methods.modeling.structures.moe_mlp import MoEMLP
+from methods.modeling.structures.moe_neurons import run_of
 from methods.modeling.structures.sparse_linears import SparseLinear
 from methods.modeling.structures.topk_values import TopKAttention
 
@@ -55,7 +58,8 @@ def _work(model: "PreTrainedModel", sequences: int, tokens: int, pairs: int, cac
     decoder = Decoder(model)
     head, attention = decoder.head.weight.numel(), sum(map(attention_width, decoder.layers))
     flops = 2 * (tokens * elements(decoder.module_list, 1) + sequences * head + pairs * attention)
-    return Work(flops, (elements(decoder.module_list, tokens) + head) * model.dtype.itemsize + cached)
+    matrices = (elements(decoder.module_list, tokens) + head) * model.dtype.itemsize
+    return Work(flops, matrices + table_bytes(decoder.module_list, tokens) + cached)
 
 
 def attention_width(layer: DecoderLayer) -> int:
@@ -79,6 +83,23 @@ def _matrices(part: nn.Module) -> Iterator[nn.Parameter]:
         yield part.values
     elif not isinstance(part, MoEMLP):  # whose own are the constants, which are only added
         yield from (parameter for parameter in part.parameters(recurse=False) if parameter.ndim == 2)
+
+
+def table_bytes(module: nn.Module, tokens: int) -> float:
+    """Bytes of the masks and lists in a module that some tokens are expected to need."""
+    return sum(_tables(part, tokens) for part in module.modules())
+
+
+def _tables(part: nn.Module, tokens: int) -> float:
+    """Of a module's own. Whole numbers say what is kept; others (a gate's bias) are vectors."""
+    if isinstance(part, MoEMLP):
+        always = _scattered([] if part.shared is None else [part.shared])
+        return always + _scattered(part.sets) * (1 - (1 - part.layout.active / part.layout.experts) ** tokens)
+    return sum(buffer.nbytes for buffer in part.buffers(recurse=False) if not buffer.is_floating_point())
+
+
+def _scattered(lists: Iterable[Tensor]) -> int:
+    return sum(positions.nbytes for positions in lists if run_of(positions) is None)
 
 
 def _untouched(part: nn.Module, tokens: int) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from benchmarks import speed
 from benchmarks.presets import PRESETS
@@ -18,11 +19,14 @@ from benchmarks.speed.generation import Generation, run
 from benchmarks.speed.roofline import Ceilings, ceilings
 from benchmarks.speed.work import Work
 from methods.base import Silent
+from methods.modeling.structures.sparse_linears import SparseLinear
+from tests.methods.test_sparse_linears import sparse
 from tests.methods.tiny import tiny_model
 
 SMOKE = PRESETS["smoke"]
 SWEEP = replace(SMOKE, speed_batches=(1, 2, 4, 8))
 CPU = torch.device("cpu")
+needs_peak = pytest.mark.skipif(not memory.CLEAR_PEAK.exists(), reason="the system does not tell peak memory")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def test_progress_counts_every_repeat(model, calls):
     assert (events[-1].done, events[-1].total, events[-1].finished) == (4, 4, True)
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(9, 1), (0.25, 1), (0.2, 2), (0.02, 13), (1e-6, speed.MOST)])
+@pytest.mark.parametrize(("seconds", "expected"), [(9, 1), (0.5, 1), (0.4, 2), (0.04, 13), (1e-6, speed.MOST)])
 def test_short_generations_share_a_turn(model, calls, monkeypatch, seconds, expected):
     count = []
 
@@ -194,7 +198,30 @@ def test_weights_count_tied_matrices_once(model):
     assert memory.weights_bytes(model) - memory.weights_bytes(tied) == 96 * 32 * 4
 
 
-@pytest.mark.skipif(not memory.CLEAR_PEAK.exists(), reason="the system does not tell peak memory")
+def test_weights_include_what_says_which_they_are():
+    model = sparse("llama-gqa", torch.bfloat16)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    masks = sum(part.mask.nbytes for part in model.modules() if isinstance(part, SparseLinear))
+    rotary = model.model.rotary_emb.inv_freq.nbytes + model.model.rotary_emb.original_inv_freq.nbytes
+    assert masks > 0 and memory.weights_bytes(model) == parameters + masks + rotary
+
+
+@needs_peak
+def test_peaks_count_mapped_weights_once(monkeypatch, tmp_path):
+    """Weights loaded in their file's dtype become resident when they are first read, the dense model's too."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
+    tiny_model("llama-mha", dtype=torch.float32, **sizes).save_pretrained(tmp_path)
+    model, dense = (AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval() for _ in range(2))
+    monkeypatch.setattr(speed, "TURN_S", 0)
+    settings = replace(SMOKE, speed_batches=(1, 2), speed_prompt=4, speed_new_tokens=2)
+    found = speed.measure(model, dense, settings, Silent())
+    weights = memory.weights_bytes(model)
+    assert weights > 80e6  # so that libraries and activations weigh little
+    for batch in (1, 2):
+        assert weights <= found[f"speed/peak_bytes@b{batch}"].value < 1.5 * weights
+
+
+@needs_peak
 def test_peak_memory_sees_what_was_freed_again():
     before = memory.reset_peak(CPU).host
     with mmap.mmap(-1, 64 << 20) as fresh:  # an allocator may have as much left from earlier tests
@@ -255,6 +282,7 @@ def test_time_over_bound(model):
     assert found["speed/prefill_time_over_bound@b2"].value == pytest.approx(2 / bound)
     assert found["speed/decode_time_over_bound@b2"].value == pytest.approx(0.2 / bound)
     assert found["speed/cache_bytes_per_token"].value == 7
+    assert found["speed/threads"].value == torch.get_num_threads()
 
 
 def test_ceilings_are_measured():

@@ -11,7 +11,9 @@ from benchmarks.speed.generation import run
 from methods import modeling
 from methods.modeling.decoder import Decoder
 from methods.modeling.footprint import footprint
+from methods.modeling.structures.moe_gates import ScaledGate
 from methods.modeling.structures.moe_mlp import mixtures
+from methods.modeling.structures.sparse_linears import SparseLinear
 from tests.methods import test_moe_kinds as kinds
 from tests.methods.test_attention_structures import SMALL, narrow
 from tests.methods.test_gathered_linears import gathered
@@ -164,6 +166,55 @@ def test_all_is_read_by_many_tokens():
 def test_half_precision_reads_half():
     single, half = (tiny_model("llama-gqa", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert work.decode(single, 1, LENGTH, 0).bytes == 2 * work.decode(half, 1, LENGTH, 0).bytes
+
+
+def test_masks_are_read():
+    """A bit per weight; of a 2:4 model in half precision an eighth of the kept values."""
+    model, tables = sparse("llama-gqa", torch.bfloat16), 0
+    for part in model.modules():
+        if isinstance(part, SparseLinear):
+            tables += part.out_features * part.in_features // 8
+    assert tables > 0 and work.table_bytes(Decoder(model).module_list, 5) == tables
+    matrices = work.elements(Decoder(model).module_list, 1) + Decoder(model).head.weight.numel()
+    assert work.decode(model, 1, LENGTH, 3).bytes == 2 * matrices + tables + 3 * LENGTH
+
+
+def test_lists_of_kept_rows_and_columns_are_read():
+    model = gathered("llama-gqa", torch.float32)
+    lists = [list_ for name, list_ in model.named_buffers() if name.endswith(("column_index", "row_index"))]
+    assert lists and work.table_bytes(Decoder(model).module_list, 5) == sum(4 * len(list_) for list_ in lists)
+
+
+def test_lists_of_kept_dimensions_are_read():
+    model = narrow(tiny_model("llama-gqa", dtype=torch.float32, **SMALL))
+    lists = [list_ for name, list_ in model.named_buffers() if name.endswith("qk_index")]
+    assert lists and work.table_bytes(Decoder(model).module_list, 1) == sum(4 * list_.numel() for list_ in lists)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_lists_of_overlapping_experts_are_read_where_touched(tokens):
+    moe, _ = kinds.make("llama-gqa", "overlapping")
+    sizes = [0 if positions.diff().eq(1).all() else 4 * len(positions) for positions in moe.sets]
+    draws = [
+        set().union(*drawn) for drawn in product(combinations(range(len(sizes)), moe.layout.active), repeat=tokens)
+    ]
+    mean = sum(sizes[expert] for drawn in draws for expert in drawn) / len(draws)
+    assert sum(sizes) > 0 and work.table_bytes(moe, tokens) == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_list_of_what_every_token_gets_is_read():
+    moe, _ = kinds.make("llama-gqa", "overlapping")
+    without = work.table_bytes(moe, 1)
+    moe.shared = torch.tensor([0, 2, 3], dtype=torch.int32)
+    assert work.table_bytes(moe, 1) == without + 3 * 4
+
+
+def test_vectors_are_no_lists():
+    assert work.table_bytes(ScaledGate(6, torch.zeros(1)), 1) == 0
+
+
+def test_experts_that_lie_in_a_row_need_no_list():
+    assert work.table_bytes(Decoder(kinds.converted("llama-gqa", "top 2")).module_list, 1) == 0
 
 
 def cache_of(model):

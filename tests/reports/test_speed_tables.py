@@ -94,14 +94,35 @@ def test_what_the_device_can_do_is_said(tmp_path: Path) -> None:
     assert table is not None and "The device read 20.00 to 31.00 GB/s and did 80.00 GFLOP/s." in table.notes
 
 
+def test_the_number_of_threads_is_said(tmp_path: Path) -> None:
+    two, four = (metrics(1) | {"speed/threads": entry(count)} for count in (2, 4))
+    table = speed_table(results(tmp_path, factory.record(metrics=two), record(metrics=four)))
+    assert table is not None and "Timed with 2 or 4 processor threads." in table.notes
+
+
 def test_where_memory_ended_the_sweep_is_said(tmp_path: Path) -> None:
     ended = {"speed/largest_batch": entry(16), "speed/batch_without_room": entry(32)}
     dense = factory.record(metrics=metrics(1) | {"speed/largest_batch": entry(16)})
     table = speed_table(results(tmp_path, dense, record(metrics=metrics(16) | ended)))
     assert table is not None
-    assert [note for note in table.notes if "memory" in note] == [
-        "tiny-llama shortgpt at 60 %: memory holds a batch of 16 beside the dense model, not of 32."
+    assert [note for note in table.notes if "memory" in note or "sweep" in note] == [
+        "tiny-llama shortgpt at 60 %: memory holds a batch of 16 beside the dense model, not of 32.",
+        "Where memory did not end the sweep, the preset's last batch did (16): larger ones may fit.",
     ]
+
+
+def test_where_the_preset_ended_the_sweep_is_said(tmp_path: Path) -> None:
+    def notes(name: str, *records: dict[str, Any]) -> list[str]:
+        table = speed_table(results(tmp_path / name, *records))
+        assert table is not None
+        return [note for note in table.notes if "sweep" in note]
+
+    small, large = (metrics(1) | {"speed/largest_batch": entry(last)} for last in (1, 4))
+    assert notes("all", factory.record(metrics=large), record(metrics=small)) == [
+        "Where memory did not end the sweep, the preset's last batch did (1 or 4): larger ones may fit."
+    ]
+    assert notes("memory", record(metrics=large | {"speed/batch_without_room": entry(8)})) == []
+    assert notes("old", record(metrics=metrics(1))) == []
 
 
 def test_costs_at_a_price(tmp_path: Path) -> None:
