@@ -76,6 +76,11 @@ class Cell:
         return {key: fields[key] for key in store.CELL_KEYS}
 
 
+def lock_of(record: Path) -> Path:
+    """Held by the one process that works on the cell of a record, beside the models' folders."""
+    return Path(*record.parts[:-5], ".locks", record.parent.name)
+
+
 @cache
 def _code() -> str:
     """A hash of how models are compressed: what older code has left is not to be used."""
@@ -179,7 +184,7 @@ class Job:
     @property
     def lock(self) -> Path:
         """Held by the one process that works on the cell."""
-        return Path(self.out, ".locks", self.cell.id)
+        return lock_of(self.record)
 
     @property
     def kept(self) -> Path | None:
@@ -218,6 +223,11 @@ class Job:
         record = None if self.force else store.read_record(self.record)
         return set(record["provenance"]["task_versions"]) if record else set()
 
+    def measured(self) -> set[str]:
+        """Tasks of which the record has a measurement, those asked for again with `--force` among them."""
+        record = store.read_record(self.record) or store.EMPTY
+        return set(record["provenance"]["task_versions"]) - set(record["skipped"])
+
     def asked(self) -> list[Task]:
         """Every task that was asked for."""
         return tasks.expand(self.tasks, models.resolve(self.model), self.cell.budget)
@@ -240,15 +250,17 @@ class Job:
         return replace(self, skipped=reasons)
 
     def not_measured(self) -> dict[str, str]:
-        """The asked tasks that could not be measured, and why, by the record."""
-        reasons = (store.read_record(self.record) or store.EMPTY)["skipped"]
+        """The asked tasks that could not be measured, or with `--force` not again, and why."""
+        kept = self.measured() & set(self.skipped)
+        again = {task: f"its earlier measurement stays: {self.skipped[task]}" for task in kept}
+        reasons = (store.read_record(self.record) or store.EMPTY)["skipped"] | again
         return {task.name: reasons[task.name] for task in self.asked() if task.name in reasons}
 
     def finished(self) -> bool:
         """Whether nothing is left to do: every task is in the record, measured or skipped, and the checkpoint where it
         is to be kept."""
         record = store.read_record(self.record)
-        if record is None or record["status"] != "done" or self.force:
+        if record is None or record["status"] == "failed" or self.force:
             return False
         kept = self.kept is None or self.kept.is_dir()
         noted = set(self.skipped) <= self.settled() | set(record["skipped"])

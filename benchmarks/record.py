@@ -39,14 +39,14 @@ def task_file(job: Job, task: Task) -> Path:
 
 
 def assemble(job: Job, error: str | None) -> store.Record:
-    """The record of a cell as it stands: `done`, or `failed` with what is measured so far."""
+    """The record of a cell as it stands: `done`, `failed` with what is measured so far, or `skipped` with nothing."""
     previous, made, results = store.read_record(job.record), _read(measured_file(job.checkpoint)), _results(job)
     parts = [part for part in (previous, made, *results) if part]
     measured = made or previous or store.EMPTY
     evaluated = previous["time"]["evaluate_s"] if previous and not job.force else 0.0
     return {
         "schema": store.SCHEMA,
-        "status": "failed" if error else "done",
+        "status": "failed" if error else "done" if measured["size"] else "skipped",
         "cell": job.cell.recorded(),
         "size": measured["size"],
         "metrics": _merged(part.get("metrics", {}) for part in parts),
@@ -81,10 +81,10 @@ def _notes(made: dict[str, Any] | None, previous: store.Record, results: list[di
 
 
 def _skipped(job: Job, previous: store.Record, results: list[dict[str, Any]]) -> dict[str, str]:
-    """Tasks that could not be measured, and why: those of earlier runs too unless they have been measured since."""
-    run = {result["task"]: result["skipped"] for result in results}
+    """Tasks that were never measured, and why: those of earlier runs too unless they have been measured since."""
+    measured, run = job.measured(), {result["task"]: result["skipped"] for result in results}
     reasons = {**previous["skipped"], **job.skipped, **run}
-    return {task: reason for task, reason in reasons.items() if reason}
+    return {task: reason for task, reason in reasons.items() if reason and task not in measured}
 
 
 def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:

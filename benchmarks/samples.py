@@ -8,6 +8,7 @@ were written. One line per perplexity window: `id`, `hash`, `nll` (mean nats per
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,26 @@ def read(path: Path) -> list[Sample]:
         UserError: it is damaged.
     """
     try:
-        if found := [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]:
-            return found
-        raise ValueError("there are none in it")
-    except (OSError, EOFError, ValueError) as error:
+        found = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        if not found:
+            raise ValueError("there are none in it")
+        if not all(map(_is_sample, found)):
+            raise ValueError("a line has no id or no hash")
+        return found
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
             f"The samples {path} are damaged: {error}. Restore them from a backup or from git, or measure the task "
             "again: repeat the run with --force."
         ) from None
+
+
+def scores(samples: Iterable[Sample]) -> dict[int, str]:
+    """By document what it scored, as the text that is written, so that old and new ones can be compared."""
+    return {sample["id"]: json.dumps(sample.get("correct"), default=_plain, sort_keys=True) for sample in samples}
+
+
+def _is_sample(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("id"), int) and isinstance(line.get("hash"), str)
 
 
 def of_documents(logged: Iterable[dict[str, Any]]) -> list[Sample]:

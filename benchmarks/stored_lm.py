@@ -68,5 +68,6 @@ def _answers(sample: Sample) -> Iterator[Any]:
     if sample.get("texts") is not None:
         return iter(sample["texts"])
     if sample.get("greedy") is not None:
-        return zip(sample["log_likelihoods"], sample["greedy"], strict=True)
-    return iter(sample["log_likelihoods"] or [])
+        # Where one list is longer an answer is missing, which the request that it belongs to finds out.
+        return zip(sample.get("log_likelihoods") or [], sample["greedy"], strict=False)
+    return iter(sample.get("log_likelihoods") or [])

@@ -110,12 +110,12 @@ def shots_label(shots: set[int]) -> str:
 def _ppl(request: str, model: Model, lengths: Sequence[int]) -> Iterator[Task]:
     source, window = _split_at(request, r"@(\d+)")
     limit = (model.config or {}).get("max_position_embeddings") or max(lengths)
-    if window and not 2 <= window <= limit:
+    if window is not None and not 2 <= window <= limit:
         raise UserError(
             f"ppl:{request} is not possible on {model.name}: a window has 2 to {limit} tokens. "
             f"Type ppl:{source}@{limit}, or ppl:{source} for the usual windows."
         )
-    for length in sorted({window} if window else {min(length, limit) for length in lengths}):
+    for length in sorted({min(length, limit) for length in lengths} if window is None else {window}):
         yield Task(name=f"ppl-{data.label(source)}@{length}", kind="ppl", source=source, window=length)
 
 
@@ -186,37 +186,50 @@ def _shots(path: Path, above: int | None = None) -> set[int]:
     Args:
         above: what the group around it says.
     """
-    content = _yaml(path)
-    own = content.get("num_fewshot") if above is None else above
-    if not isinstance(content.get("task"), list):
-        return {own or 0}
-    said = ((member, own if isinstance(member, str) else member.get("num_fewshot", own)) for member in content["task"])
-    return {shots for member, number in said for file in _members(member, path) for shots in _shots(file, number)}
+    if not isinstance(_yaml(path).get("task"), list):
+        return {_own_shots(path, above) or 0}
+    return {shots for file, said in _parts(path, above) for shots in _shots(file, said)}
+
+
+def _own_shots(path: Path, above: int | None) -> int | None:
+    return _yaml(path).get("num_fewshot") if above is None else above
+
+
+def _parts(path: Path, above: int | None = None) -> Iterator[tuple[Path, int | None]]:
+    """The files of a group's members, and how many solved examples it says each has; nothing for a task."""
+    members = _yaml(path).get("task")
+    own = _own_shots(path, above)
+    for member in members if isinstance(members, list) else []:
+        said = own if isinstance(member, str) else member.get("num_fewshot", own)
+        yield from ((file, said) for file in _members(member, path))
 
 
 def _datasets(path: Path) -> set[tuple[str, str]]:
     """(repository, config) of every data set that a task or group reads."""
     content = _yaml(path)
     if isinstance(content.get("task"), list):
-        return {pair for member in content["task"] for file in _members(member, path) for pair in _datasets(file)}
+        return {pair for file, _ in _parts(path) for pair in _datasets(file)}
     return {(content["dataset_path"], content.get("dataset_name") or "default")} if "dataset_path" in content else set()
 
 
-def members(name: str) -> set[str]:
-    """Every task and group inside a group, at any depth; nothing for a task.
+def inside(label: str) -> set[str]:
+    """Every task and group inside a group, at any depth, by name and shots; nothing for a task.
+
+    Args:
+        label: name and shots, as in `mmlu@5shot`: all members have so many; `mixedshot`: as many as is defined.
 
     Raises:
         UserError: an unknown name.
     """
-    return set(_inside(definition(name)))
+    name, shots = _split_at(label, r"@(\d+)shot")
+    found = _inside(definition(name.removesuffix("@mixedshot")))
+    return {f"{part}@{shots_label(own if shots is None else {shots})}" for part, own in found}
 
 
-def _inside(path: Path) -> Iterator[str]:
-    content = _yaml(path)
-    if isinstance(content.get("task"), list):
-        for file in (file for member in content["task"] for file in _members(member, path)):
-            yield _yaml(file).get("group") or _yaml(file)["task"]
-            yield from _inside(file)
+def _inside(path: Path, above: int | None = None) -> Iterator[tuple[str, set[int]]]:
+    for file, said in _parts(path, above):
+        yield _yaml(file).get("group") or _yaml(file)["task"], _shots(file, said)
+        yield from _inside(file, said)
 
 
 def _members(member: str | dict[str, Any], group: Path) -> list[Path]:

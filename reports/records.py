@@ -139,8 +139,15 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
         provenance=content["provenance"] if measured else {},
         notes=tuple(map(str, content.get("notes", []))) if measured else (),
         skipped=content.get("skipped", {}),
-        error=str(content.get("error") or ""),
+        error=str(content.get("error") or _unmeasured(content)),
     )
+
+
+def _unmeasured(content: Mapping[str, Any]) -> str:
+    """Why a skipped cell is not done: its tasks, whose own reasons are the same for many cells."""
+    if content["status"] != "skipped" or not content.get("skipped"):
+        return ""
+    return f"nothing could be measured: {', '.join(content['skipped'])}"
 
 
 def _metric(name: str, entry: Any) -> Metric:

@@ -108,6 +108,28 @@ def test_damaged_samples_are_named(tmp_path: Path) -> None:
             samples.read(path)
 
 
+def test_samples_with_a_changed_byte_are_damaged_or_the_same(tmp_path: Path) -> None:
+    path, kinds = tmp_path / "x.jsonl.gz", set()
+    wanted = [{"id": number, "hash": f"{number:x}" * 9} for number in range(20)]
+    samples.write(path, wanted)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            assert samples.read(path) == wanted
+        except UserError as error:
+            kinds.add("Error -3" in str(error))  # zlib's own
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("line", ["[]", "1", '{"id": 0}', '{"hash": "x"}', '{"id": [], "hash": "x"}'])
+def test_lines_that_are_no_samples_are_damage(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(line.encode()))
+    with pytest.raises(UserError, match="are damaged: a line has no id or no hash"):
+        samples.read(path)
+
+
 def test_no_answer_of_one_model_is_ever_another_s(
     toy: Toy, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

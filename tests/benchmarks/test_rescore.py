@@ -5,17 +5,24 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from benchmarks import harness, perplexity, rescore, samples, store, tasks
+from benchmarks.samples import Sample
+from reports import samples as report_samples
+from reports.records import read_all
+from reports.results import pool
 from tests.benchmarks import small_run, toys
 from tests.benchmarks.test_harness import forbidden
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-TOYS = ("toy_zero", "toys_mixed", "toys_same@1shot", "toy_written", "toy_filtered", "toy_rolling")
+TOYS = ("toy_zero", "toys_mixed", "toys_same@1shot", "toy_three", "toy_written", "toy_filtered", "toy_rolling")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +63,22 @@ def change(path: Path, task: str, **changes: Any) -> None:
     samples.write(file, [{key: sample[key] for key in sample if key not in removed} for sample in rewritten])
 
 
+def keep_only(path: Path, start: str) -> None:
+    """As if nothing else had been measured: the rest would only take time."""
+    found = content(path)
+    versions = found["provenance"]["task_versions"]
+    found["provenance"]["task_versions"] = {name: versions[name] for name in versions if name.startswith(start)}
+    store.write_record(path, found)
+
+
 def test_every_metric_comes_back_as_it_was(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = measured.read_bytes()
     assert run(measured, "--write") == 0
     lines = capsys.readouterr().out.splitlines()
     equal = {line.strip().removesuffix(": equal") for line in lines if line.endswith(": equal")}
     scored = {name for name in content(measured)["metrics"] if "truncated_requests" not in name}
+    # One of the tasks was measured twice, and in the groups with another number of solved examples.
+    assert {"toy_three/acc@1shot", "toy_three/acc@2shot"} <= scored
     assert equal == scored and {"toys_mixed/acc@mixedshot", "toy_filtered/exact_match[lower]@0shot"} <= scored
     assert len(lines) == 1 + len(equal) and measured.read_bytes() == before
 
@@ -89,6 +106,69 @@ def test_other_answers_give_other_metrics(measured: Path, capsys: pytest.Capture
     assert after["provenance"] == before["provenance"] and "was {" in capsys.readouterr().out
 
 
+def test_the_scores_of_documents_are_written_with_the_metrics(measured: Path) -> None:
+    change(measured, "toy_written@0shot", texts=["so"])  # the right answer, which the samples do not know as such
+    file = samples.path_of(measured.parent / "samples", "toy_written@0shot")
+    others = {path: path.read_bytes() for path in file.parent.iterdir() if path != file}
+    answers = [{**sample, "correct": {}} for sample in samples.read(file)]
+    assert run(measured, "--write") == 0
+    (after,) = [found for found in read_all(measured.parent) if found.status == "done"]
+    (pooled,) = pool([after])
+    assert after.metrics["toy_written/exact_match@0shot"].value == 1.0
+    for name in after.metrics:
+        if name.startswith("toy_") and not re.search("truncated_requests|perplexity", name):  # what can be paired
+            assert len(report_samples.samples(pooled, name).scores)
+    assert [{**sample, "correct": {}} for sample in samples.read(file)] == answers
+    assert {path: path.read_bytes() for path in others} == others
+
+
+def killed(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("module", "writer"), [(store, "write_record"), (samples, "write")])
+def test_what_a_kill_in_between_left_is_done_by_the_same_command(
+    module: ModuleType, writer: str, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_only(measured, "toy_written")
+    change(measured, "toy_written@0shot", texts=["so"])
+    whole = shutil.copytree(measured.parent, measured.parent.with_name("whole"))
+    assert run(whole / "record.json", "--write") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, writer, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(measured, "--write")
+    assert run(measured, "--write") == 0
+    file = samples.path_of(Path("samples"), "toy_written@0shot")
+    assert (measured.parent / file).read_bytes() == (whole / file).read_bytes()
+    assert content(measured)["metrics"] == content(whole / "record.json")["metrics"]
+    assert content(measured)["provenance"]["rescored"]
+
+
+def test_scores_are_written_even_where_no_metric_changes(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_only(measured, "toy_zero")
+    change(measured, "toy_zero@0shot", correct={"acc": 0.25, "acc_norm": 0.25})
+    before = content(measured)
+    assert run(measured) == 0
+    said = capsys.readouterr().out
+    assert "  toy_zero@0shot: documents with other scores than in its samples\n" in said and "was " not in said
+    assert content(measured) == before and run(measured, "--write") == 0
+    assert content(measured)["metrics"] == before["metrics"] and "rescored" in content(measured)["provenance"]
+    capsys.readouterr()
+    assert run(measured) == 0 and "other scores" not in capsys.readouterr().out
+
+
+def test_a_record_that_a_run_works_on_is_left_alone(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_only(measured, "toy_written")
+    change(measured, "toy_written@0shot", texts=["so"])
+    before = measured.read_bytes()
+    with FileLock(measured.parents[4] / ".locks" / content(measured)["cell"]["id"]):
+        assert run(measured, "--write") == 1 and measured.read_bytes() == before
+        assert "not scored: a run is working on it" in capsys.readouterr().out
+        assert run(measured) == 0
+    assert run(measured, "--write") == 0 and measured.read_bytes() != before
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "reason"),
     [
@@ -96,6 +176,8 @@ def test_other_answers_give_other_metrics(measured: Path, capsys: pytest.Capture
         ("toy_zero@0shot", {"id": 99}, "document 0 of toy_zero is another one.*None"),
         ("toy_zero@0shot", {"greedy": None}, "do not say whether its choices are greedy"),
         ("toy_zero@0shot", {"log_likelihoods": [-1.0], "greedy": [True]}, "do not say whether its choices are greedy"),
+        ("toy_zero@0shot", {"greedy": [True]}, "do not say whether its choices are greedy"),
+        ("toy_zero@0shot", {"log_likelihoods": None}, "do not say whether its choices are greedy"),
         ("toy_written@0shot", {"texts": None}, "do not say texts"),
     ],
 )
@@ -107,6 +189,41 @@ def test_what_cannot_be_scored_is_said_and_the_rest_is_scored(
     lines = capsys.readouterr().out.splitlines()
     (refused,) = [line for line in lines if line.startswith("  not scored: toy")]
     assert re.search(reason, refused) and sum(line.endswith(": equal") for line in lines) >= 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda windows: windows[:1], "the record has 2 windows, and the samples 1 or not"),
+        (lambda windows: windows[::-1], "the record has 2 windows"),
+        (lambda windows: [*windows, {**windows[1], "id": 2}], "the record has 2 windows, and the samples 3"),
+        (lambda windows: [windows[0], {"id": 1, "hash": "x"}], "window 1 has the nll None"),
+        (lambda windows: [{**windows[0], "nll": math.nan}, windows[1]], "window 0 has the nll nan"),
+    ],
+)
+def test_windows_that_are_not_those_of_the_record_are_refused(
+    damage: Callable[[list[Sample]], list[Sample]], reason: str, measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_only(measured, "ppl-")
+    (file,) = (measured.parent / "samples").glob("ppl-*")
+    samples.write(file, damage(samples.read(file)))
+    before = measured.read_bytes()
+    assert run(measured, "--write") == 1 and measured.read_bytes() == before
+    (refused,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  not scored: ")]
+    assert reason in refused
+
+
+def test_records_beside_one_with_damaged_samples_are_scored(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(measured.parent, measured.parent.with_name("second"))
+    file = samples.path_of(measured.parent / "samples", "toy_zero@0shot")
+    whole = bytearray(file.read_bytes())
+    whole[10] ^= 0xFF  # the first of the compressed body: zlib itself fails
+    file.write_bytes(whole)
+    assert rescore.main(["--results", str(measured.parents[1])]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  not scored: toy") and "are damaged: Error -3" in line for line in lines) == 1
+    assert sum("toy_zero/acc@0shot: equal" in line for line in lines) == 1
+    assert sum("toy_written/exact_match@0shot: equal" in line for line in lines) == 2
 
 
 def test_other_versions_are_refused_with_both_named(

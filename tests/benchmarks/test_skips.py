@@ -11,6 +11,8 @@ import run_all
 from benchmarks import cell, checkpoint, checks, hub, store, tasks
 from benchmarks.metric import Evaluation, Metric
 from benchmarks.tasks import Task
+from reports.records import read_all
+from reports.render import files
 from tests.benchmarks import small_run
 from tests.benchmarks.test_harness import forbidden
 
@@ -35,6 +37,21 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return list(store.records(folder / "out"))
 
 
+def found_at_last(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have the data of every task there, and half of sciq solved; receives the tasks that are run."""
+    asked: list[str] = []
+
+    def evaluate(task: Task, *arguments: Any, **options: Any) -> Evaluation:
+        asked.append(task.name)
+        return Evaluation(
+            metrics={"sciq/acc@0shot": Metric(0.5, None, 8)}, dataset_revisions={}, task_versions={task.name: "1"}
+        )
+
+    monkeypatch.setattr(hub, "cached_dataset", lambda *arguments: True)
+    monkeypatch.setattr(tasks, "evaluate", evaluate)
+    return asked
+
+
 def test_a_task_whose_data_cannot_be_had_is_a_skipped_row(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,20 +69,36 @@ def test_a_task_whose_data_cannot_be_had_is_a_skipped_row(
         assert small_run.run(workplace, *line(workplace, "sciq")) == 0
     assert records(workplace) == before and "skipped: " in capsys.readouterr().out
     # and runs only that task once they are.
-    asked: list[str] = []
-
-    def evaluate(task: Task, *arguments: Any, **options: Any) -> Evaluation:
-        asked.append(task.name)
-        return Evaluation(
-            metrics={"sciq/acc@0shot": Metric(0.5, None, 8)}, dataset_revisions={}, task_versions={task.name: "1"}
-        )
-
-    monkeypatch.setattr(hub, "cached_dataset", lambda *arguments: True)
-    monkeypatch.setattr(tasks, "evaluate", evaluate)
+    asked = found_at_last(monkeypatch)
     assert small_run.run(workplace, *line(workplace, "sciq")) == 0
     assert asked == [SCIQ] * 2
     assert [(found["skipped"], len(found["metrics"])) for found in records(workplace)] == [({}, 2)] * 2
     assert "skipped: " not in capsys.readouterr().out
+
+
+def test_a_run_of_which_nothing_can_be_measured_is_skipped_reported_and_run_later(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = "--offline", "--tasks", "sciq"
+    assert small_run.run(workplace, *asked) == 0
+    before = records(workplace)
+    assert [(found["status"], found["error"], found["size"], list(found["skipped"])) for found in before] == [
+        ("skipped", None, {}, [SCIQ])
+    ] * 2
+    read = read_all(workplace / "out")
+    assert [record.error for record in read] == [f"nothing could be measured: {SCIQ}"] * 2
+    rows = files(read)["unfinished.csv"].splitlines()[1:]
+    assert ["skipped,nothing could be measured: " in row for row in rows] == [True, True, False]
+    assert f'2 cells,,,task skipped,"{SCIQ}: ' in rows[2] and "not whole in the local cache" in rows[2]
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "run", forbidden)
+        assert small_run.run(workplace, *asked) == 0 and records(workplace) == before
+    found_at_last(monkeypatch)
+    assert small_run.run(workplace, *asked) == 0
+    assert [(found["status"], found["skipped"], list(found["metrics"])) for found in records(workplace)] == [
+        ("done", {}, ["sciq/acc@0shot"])
+    ] * 2
+    assert [record.size["on_budget"] for record in read_all(workplace / "out")] == [True, True]
 
 
 def test_a_skipped_task_asked_for_later_is_noted_without_compressing_again(
@@ -81,6 +114,27 @@ def test_a_skipped_task_asked_for_later_is_noted_without_compressing_again(
     assert [list(found["skipped"]) for found in after] == [[SCIQ]] * 2
     assert [found["metrics"] for found in after] == [found["metrics"] for found in before]
     assert [found["time"] for found in after] == [found["time"] for found in before]
+
+
+@pytest.mark.parametrize("more", [("--only-evaluate",), ()])
+def test_what_was_measured_stays_so_when_its_data_is_gone(
+    more: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--checkpoints", str(workplace / "kept"), *line(workplace, "sciq"))
+    with monkeypatch.context() as patch:
+        found_at_last(patch)
+        assert small_run.run(workplace, *asked) == 0
+    before = records(workplace)
+    assert small_run.run(workplace, *asked, "--force", *more) == 0
+    (said,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("skipped: ")]
+    assert f"{SCIQ}: its earlier measurement stays: the data set allenai/sciq" in said
+    after = records(workplace)
+    assert [(found["status"], found["skipped"]) for found in after] == [("done", {})] * 2
+    assert [found["metrics"]["sciq/acc@0shot"] for found in after] == [
+        found["metrics"]["sciq/acc@0shot"] for found in before
+    ]
+    monkeypatch.setattr(cell, "run", forbidden)
+    assert small_run.run(workplace, *asked) == 0 and "skipped: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("known_before", [True, False])

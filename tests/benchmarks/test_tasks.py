@@ -78,6 +78,7 @@ def test_a_task_asked_for_twice_runs_once():
         ("ai2_arc", "task or group of lm-eval works too, but none of its tags"),
         ("ppl:moby-dick@9999", r"2 to 4096 tokens. Type ppl:moby-dick@4096"),
         ("ppl:moby-dick@1", "2 to 4096 tokens"),
+        ("ppl:moby-dick@0", "2 to 4096 tokens"),
     ],
 )
 def test_tasks_that_do_not_exist(request_, message):
@@ -114,6 +115,16 @@ def test_definitions_are_those_of_lm_eval_s_own_index(folder):
     path = tasks._stock_folder() / folder
     index = {name: entry.yaml_path for name, entry in TaskIndex.build([path]).items() if entry.yaml_path}
     assert tasks._definitions(path) == index
+
+
+@pytest.mark.parametrize(
+    ("group", "shots"),
+    [("toys_mixed@mixedshot", (0, 2, 1)), ("toys_mixed@2shot", (2, 2, 2)), ("toys_all@mixedshot", (0, 2, 1))],
+)
+def test_what_is_inside_a_group_goes_by_its_shots_there(group, shots, toy, tmp_path):
+    (tmp_path / "definitions" / "all.yaml").write_text("group: toys_all\ntask: [toys_mixed]")
+    names = {f"{name}@{shot}shot" for name, shot in zip(("toy_zero", "toy_two", "toy_three"), shots, strict=True)}
+    assert tasks.inside(group) == names | ({"toys_mixed@mixedshot"} if "all" in group else set())
 
 
 def test_a_group_needs_the_data_of_all_its_members():
