@@ -84,7 +84,8 @@ def _changes(before: Record, after: Record | None) -> list[Change]:
     method = cell["method"] + (" + fine-tuning" if cell["recover"] else "")
     label = f"{cell['model']} {method} {cell['ratio']:g} seed {cell['seed']}"
     if after is None or after["status"] != "done":
-        fate = f"{after['status']}: {after['error']}" if after else "no record"
+        why = after and (after["error"] or "; ".join(after["skipped"]))
+        fate = f"{after['status']}: {why}" if after else "no record"
         return [Change(cell=label, metric=f"(whole cell, {fate})", before=None)]
     judged = [name for name in before["metrics"] if not any(part in name for part in NOT_JUDGED)]
     return [_change(label, name, before["metrics"][name], after["metrics"].get(name)) for name in judged]
