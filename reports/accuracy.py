@@ -1,6 +1,6 @@
 """The zero-shot table, like the paper's Table 3, and its few-shot sibling: a row per model, ratio and method."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from reports.comparison import (
     IDENTITY,
@@ -11,7 +11,9 @@ from reports.comparison import (
     plus_minus,
     pooled_cell,
     remarks,
+    versions,
 )
+from reports.published import Line, average_of, beside, provenance
 from reports.records import Record
 from reports.results import Result
 from reports.standings import Names, Standings, standings
@@ -92,7 +94,16 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
         return None
     tasks = [Measured(str(name), measured) for name in names]
     standing = task_standings(results, names)
-    rows = tuple((*identity(result), *_marked(result, tasks, names, standing)) for result in measured)
+    metrics = published_names(names)
+    published = beside(measured, metrics)
+    rows = tuple(
+        row
+        for result in measured
+        for row in (
+            (*identity(result), *_marked(result, tasks, names, standing)),
+            *published_rows(published, result, metrics),
+        )
+    )
     return Table(
         name=file_name,
         title=title,
@@ -104,9 +115,25 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
             *(difference for task in tasks for difference in task.differences()),
             *standing.notes(),
             *remarks(measured),
+            *provenance(published, metrics),
+            *versions(measured, names),
             f"Documents: {'; '.join(f'{task.name} {task.count()}' for task in tasks)}.",
         ),
     )
+
+
+def published_names(names: Sequence[MetricName]) -> list[str]:
+    """What the columns of these tasks are called among the published numbers."""
+    every = [str(name) for name in names]
+    return [*every, average_of(every)] if len(every) > 1 else every
+
+
+def published_rows(
+    published: Mapping[Result, Sequence[Line]], result: Result, metrics: Sequence[str]
+) -> Iterator[tuple[Cell, ...]]:
+    """The published rows below a result's."""
+    for line in published.get(result, []):
+        yield *line.identity(), *map(line.cell, metrics)
 
 
 def _marked(

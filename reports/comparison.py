@@ -1,9 +1,11 @@
 """Metric names, and cells that say when a number must not be compared with the rest of its column."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from typing import Any
 
 from reports.results import Pooled, Result, Settings, by_model, differing
 from reports.tables import CUT, OFF_BUDGET, UNLIKE, Cell, Column, number, percent
@@ -37,7 +39,8 @@ def parse(name: str) -> MetricName:
 
 def metric_names(results: Sequence[Result]) -> list[MetricName]:
     """Every metric that any record has, in the order first met."""
-    return [parse(name) for name in dict.fromkeys(n for result in results for r in result.records for n in r.metrics)]
+    every = dict.fromkeys(chain.from_iterable(record.metrics for result in results for record in result.records))
+    return [parse(name) for name in every]
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,23 @@ def plus_minus(results: Sequence[Result]) -> str:
     """What ± stands for in numbers of these results."""
     seeds = ", or the standard deviation over the seeds where a number says seeds"
     return "one standard error" + (seeds if any(len(result.records) > 1 for result in results) else "")
+
+
+def versions(results: Sequence[Result], names: Sequence[MetricName]) -> Iterator[str]:
+    """The programs that measured, and the versions of the tasks."""
+    origins = [record.provenance for result in results for record in result.records]
+    programs = _found((origin.get("versions") or {} for origin in origins), ("lm_eval", "transformers"))
+    wanted = {key for name in names for key in (f"{name.source}@{name.protocol}", f"ppl-{name.source}@{name.protocol}")}
+    tasks = _found((origin.get("task_versions") or {} for origin in origins), sorted(wanted))
+    if told := [*programs, *tasks]:
+        yield f"Versions: {', '.join(told)}."
+
+
+def _found(each: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> list[str]:
+    """`key value`, or `key value or other` where there are several."""
+    every = list(each)
+    values = ((key, sorted({str(versions[key]) for versions in every if key in versions})) for key in keys)
+    return [f"{key} {' or '.join(found)}" for key, found in values if found]
 
 
 IDENTITY = (Column("Model", text=True), Column("Asked, %"), Column("Counted, %"), Column("Method", text=True))

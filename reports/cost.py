@@ -83,14 +83,14 @@ def _rates(batch: str) -> list[str]:
 
 
 def _cost_row(result: Result, batch: str, usd_per_s: float) -> tuple[Cell, ...]:
-    times = [record.time for record in result.records if "compress_s" in record.time]
-    seconds = [time["compress_s"] + time.get("recover_s", 0) for time in times]
+    times = [record.time for record in result.records if record.time.get("compress_s") is not None]
+    seconds = [time["compress_s"] + (time.get("recover_s") or 0) for time in times]
     rates = [result.metric(rate) for rate in _rates(batch)]
     return (
         *identity(result),
         Cell(int(batch[1:])),
         _usd(None if result.dense or not seconds else fmean(seconds) * usd_per_s),
-        *(_usd(usd_per_s * MILLION / rate.value if rate else None) for rate in rates),
+        *(_usd(usd_per_s * MILLION / rate.value if rate and rate.value else None) for rate in rates),
     )
 
 

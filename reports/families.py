@@ -1,9 +1,10 @@
 """Families of methods set against ToMoE at their own sizes, as the paper's Table 2 and its Tables 4 to 6 do."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from reports.accuracy import judged, task_cells, task_columns
-from reports.comparison import IDENTITY, Measured, identity, metric_names, plus_minus, remarks
+from reports.accuracy import judged, published_names, published_rows, task_cells, task_columns
+from reports.comparison import IDENTITY, Measured, identity, metric_names, plus_minus, remarks, versions
+from reports.published import Line, beside, provenance
 from reports.results import Result, by_model
 from reports.tables import Cell, Column, Table, legend, percent
 
@@ -40,7 +41,13 @@ def _table(results: Sequence[Result], family: Sequence[str], name: str, title: s
         group[0].model: [[Measured(str(name), group) for name in names] for names in (texts, tasks)]
         for group in by_model(shown)
     }
-    rows = tuple(_row(result, *measured[result.model]) for result in shown)
+    metrics = [*map(str, texts), *published_names(tasks)]
+    published = beside(shown, metrics)
+    rows = tuple(
+        row
+        for result in shown
+        for row in (_row(result, *measured[result.model]), *_published(published, result, metrics))
+    )
     return Table(
         name=name,
         title=title,
@@ -62,8 +69,18 @@ def _table(results: Sequence[Result], family: Sequence[str], name: str, title: s
                 for text in metric.differences()
             ),
             *remarks(shown),
+            *provenance(published, metrics),
+            *versions(shown, (*texts, *tasks)),
         ),
     )
+
+
+def _published(
+    published: Mapping[Result, Sequence[Line]], result: Result, metrics: Sequence[str]
+) -> Iterator[tuple[Cell, ...]]:
+    """The published rows below a result's; the paper does not say their share of the whole model."""
+    for head in published_rows(published, result, metrics):
+        yield *head[: len(IDENTITY)], Cell(None), *head[len(IDENTITY) :]
 
 
 def _opponents(group: Sequence[Result], family: Sequence[str]) -> Iterator[Result]:

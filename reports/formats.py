@@ -1,4 +1,4 @@
-"""Renders a `Table` as markdown, LaTeX, CSV and HTML. Everything that comes from outside is escaped.
+"""Renders a `Table` as markdown, CSV and HTML, and lists all formats. Everything that comes from outside is escaped.
 
 Each template environment escapes whatever an expression prints, so a template cannot forget to; text that is markup
 already is a `Markup`.
@@ -8,58 +8,20 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from jinja2.runtime import LoopContext
 from markupsafe import Markup, escape
-from tabulate import tabulate
 
+from reports.latex import fragment, standalone
+from reports.markup import environment, finalize, spans, texts
 from reports.tables import Cell, Column, Table, plain
 
-TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
-
-# Commands that exist in LaTeX's default encoding; \char34 is the straight quote of the typewriter font only.
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "[": "{[}",  # behind a row's \\\\ it would open an option, and * would be one
-    "]": "{]}",
-    "*": "{*}",
-    "|": r"\textbar{}",
-    '"': r"{\ttfamily\char34}",
-    "'": r"\textquotesingle{}",
-    "`": r"\textasciigrave{}",
-    "†": r"\textdagger{}",
-    "‡": r"\textdaggerdbl{}",
-    "§": r"\textsection{}",
-    "±": r"\textpm{}",
-    "≈": r"\ensuremath{\approx}",
-}
+SIGNS = re.compile(r"[\\`*{}\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])")
+"""Of markdown; an underscore is none inside a word."""
 
 
 def escape_markdown(text: str) -> Markup:
     """`text` as GitHub-flavoured markdown shows it, in a paragraph or in a table."""
-    escaped = re.sub(r"[\\`*{}\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain(text))
-    return Markup(escaped)
-
-
-def escape_latex(text: str) -> Markup:
-    """`text` as LaTeX sets it; a character it has no glyph for is named, as in [U+6A21]."""
-    escaped = "".join(LATEX.get(char) or (char if char.isascii() else _named(char)) for char in plain(text))
-    return Markup(escaped.replace("--", "-{}-"))
+    return Markup(SIGNS.sub(r"\\\g<0>", plain(text)))
 
 
 def escape_html(text: str) -> Markup:
@@ -67,29 +29,8 @@ def escape_html(text: str) -> Markup:
     return escape(plain(text))
 
 
-def _named(char: str) -> str:
-    return f"{LATEX['[']}U+{ord(char):04X}{LATEX[']']}"
-
-
-def _finalize(escape: Callable[[str], Markup]) -> Callable[[Any], str]:
-    return lambda value: value if isinstance(value, Markup) else escape(str(value))
-
-
-def _environment(**options: Any) -> Environment:
-    return Environment(loader=TEMPLATES, undefined=StrictUndefined, keep_trailing_newline=True, **options)
-
-
-MARKDOWN = _environment(finalize=_finalize(escape_markdown), trim_blocks=True)
-TEX = _environment(
-    finalize=_finalize(escape_latex),
-    block_start_string="<%",
-    block_end_string="%>",
-    variable_start_string="<<",
-    variable_end_string=">>",
-    comment_start_string="<#",
-    comment_end_string="#>",
-)
-HTML = _environment(finalize=_finalize(escape_html), autoescape=True)
+MARKDOWN = environment(finalize=finalize(escape_markdown), trim_blocks=True)
+HTML = environment(finalize=finalize(escape_html), autoescape=True)
 
 
 def markdown(table: Table) -> str:
@@ -98,60 +39,29 @@ def markdown(table: Table) -> str:
 
 
 def _grid(table: Table) -> Markup:
-    return Markup(
-        tabulate(
-            _texts(table, escape_markdown, "**{}**"),
-            headers=[escape_markdown(str(column)) for column in table.columns],
-            tablefmt="pipe",
-            colalign=["left" if column.text else "right" for column in table.columns],
-            disable_numparse=True,
-        )
-    )
+    """Padded, so that it can be read as it stands."""
+    headers = [escape_markdown(str(column)) for column in table.columns]
+    columns = list(zip(headers, *texts(table, escape_markdown, "**{}**"), strict=True))
+    padded = (_padded(cells, column.text) for cells, column in zip(columns, table.columns, strict=True))
+    return Markup("\n".join(f"| {' | '.join(line)} |" for line in zip(*padded, strict=True)))
 
 
-def _texts(table: Table, escaped: Callable[[str], Markup], bold: str) -> list[list[Markup]]:
-    """The shown cells as markup, the best in bold."""
-    rows = zip(table.shown, table.rows, strict=True)
-    return [
-        [Markup(bold).format(escaped(text)) if cell.best else escaped(text) for text, cell in zip(*row, strict=True)]
-        for row in rows
-    ]
-
-
-def latex(table: Table) -> str:
-    """A document that compiles as it is, with a booktabs table to copy from."""
-    rows = _texts(table, escape_latex, r"\textbf{{{}}}")
-    template = TEX.get_template("table.tex")
-    return template.render(table=table, rows=rows, spans=_spans(table), rules=_rules(table), end=_latex_end)
-
-
-def _latex_end(loop: LoopContext) -> Markup:
-    return Markup(r" \\") if loop.last else Markup(" & ")
+def _padded(cells: Sequence[str], text: bool) -> list[str]:
+    """A column of one width, its rule below the header."""
+    width = max(3, *map(len, cells))
+    header, *below = (cell.ljust(width) if text else cell.rjust(width) for cell in map(str, cells))
+    return [header, f":{'-' * (width - 1)}" if text else f"{'-' * (width - 1)}:", *below]
 
 
 def html(table: Table) -> str:
     """A page of its own."""
-    rows = _texts(table, escape_html, "<strong>{}</strong>")
-    return HTML.get_template("table.html").render(table=table, rows=rows, spans=_spans(table))
-
-
-def _spans(table: Table) -> list[tuple[str, int]]:
-    """The row of shared headers: each with the number of columns below it."""
-    return [(group, len(list(columns))) for group, columns in groupby(table.columns, lambda column: column.group)]
-
-
-def _rules(table: Table) -> Iterator[tuple[int, int]]:
-    """First and last column below each shared header, counted from one."""
-    last = 0
-    for group, width in _spans(table):
-        first, last = last + 1, last + width
-        if group:
-            yield first, last
+    rows = [Markup("</td><td>".join(row)) for row in texts(table, escape_html, "<strong>{}</strong>")]
+    return HTML.get_template("table.html").render(table=table, rows=rows, spans=spans(table))
 
 
 def comma_separated(table: Table) -> str:
     """Numbers at full precision; a column's errors, and its remarks, marks and `best`, in columns of their own."""
-    cells = zip(*table.rows, strict=True)
+    cells = [[row[index] for row in table.rows] for index in range(len(table.columns))]
     columns = (part for column, below in zip(table.columns, cells, strict=True) for part in _csv_columns(column, below))
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(zip(*columns, strict=True))
@@ -171,4 +81,11 @@ def _exact(value: str | float | None) -> str:
     return "" if value is None else plain(value) if isinstance(value, str) else repr(value)
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "tex": latex, "csv": comma_separated, "html": html}
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "md": markdown,
+    "tex": fragment,
+    "standalone.tex": standalone,
+    "csv": comma_separated,
+    "html": html,
+}
+"""How a table is written to a file, by the file's suffix."""

@@ -1,9 +1,10 @@
 """The perplexity table, like the paper's Table 1: a row per method, a column per text, window and ratio."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse, plus_minus, remarks
+from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse, plus_minus, remarks, versions
+from reports.published import Line, beside, provenance
 from reports.results import FINE_TUNED, Result, by_model
 from reports.standings import Standings, standings
 from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
@@ -26,8 +27,11 @@ def perplexity_table(results: Sequence[Result]) -> Table | None:
     slots = _slots(names, groups)
     compared = [[Measured(str(name), group) for name in names] for group in groups]
     standing = perplexity_standings(results)
+    published = beside([result for group in groups for result in group], map(str, names))
     rows = tuple(
-        row for group, metrics in zip(groups, compared, strict=True) for row in _rows(group, metrics, slots, standing)
+        row
+        for group, metrics in zip(groups, compared, strict=True)
+        for row in _rows(group, metrics, slots, standing, published)
     )
     flat = [metric for metrics in compared for metric in metrics]
     measured = [result for group in groups for result in group]
@@ -46,6 +50,8 @@ def perplexity_table(results: Sequence[Result]) -> Table | None:
             *(text for metric in flat for text in metric.differences()),
             *standing.notes(),
             *remarks(measured),
+            *provenance(published, [str(name) for name in names]),
+            *versions(measured, names),
             _windows(flat),
         ),
     )
@@ -73,14 +79,28 @@ def _window(name: MetricName) -> int:
 
 
 def _rows(
-    group: Sequence[Result], metrics: Sequence[Measured], slots: Sequence[Slot], standing: Standings
+    group: Sequence[Result],
+    metrics: Sequence[Measured],
+    slots: Sequence[Slot],
+    standing: Standings,
+    published: Mapping[Result, Sequence[Line]],
 ) -> Iterator[tuple[Cell, ...]]:
-    """One row per method of a model; `metrics` are the model's."""
+    """One row per method of a model, and what is published of it below; `metrics` are the model's."""
     by_name = {metric.name: metric for metric in metrics}
     found = {(result.method, result.ratio): result for result in group}
     for method in _ordered(result.method for result in group):
         at = ((by_name[str(name)], found.get((method, ratio))) for name, ratio in slots)
         yield Cell(group[0].model), Cell(method), *(_cell(metric, result, standing) for metric, result in at)
+        yield from _published([line for r in group if r.method == method for line in published.get(r, [])], slots)
+
+
+def _published(lines: Sequence[Line], slots: Sequence[Slot]) -> Iterator[tuple[Cell, ...]]:
+    """One row per name that the paper gives the method, its ratios in the columns."""
+    for name in dict.fromkeys(line.method for line in lines):
+        named = {line.key[1]: line for line in lines if line.method == name}
+        at = ((named.get(ratio), str(metric)) for metric, ratio in slots)
+        cells = (line.cell(metric) if line else Cell(None) for line, metric in at)
+        yield Cell(lines[0].key[0]), Cell(name), *cells
 
 
 def _ordered(methods: Iterable[str]) -> list[str]:

@@ -1,34 +1,20 @@
 """Reads the records a run leaves behind: `RESULTS/<model>/<method>/<ratio>/<cell-id>/record.json`, one per cell."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
-STATUSES = ("done", "failed", "skipped")
-NUMBER = (int, float)
-CELL = {
-    "id": str,
-    "model": str,
-    "method": str,
-    "ratio": NUMBER,
-    "ratio_basis": str,
-    "seed": int,
-    "method_config": dict,
-    "calibration": object,
-    "budget": object,
-    "dtype": object,
-}
-SIZE = dict.fromkeys(
-    ("dense_params", "active_total", "active_block", "distinct_total", "stored_total", "stored_bytes"), NUMBER
-) | {"on_budget": bool}
-METRIC = {"value": NUMBER, "stderr": (*NUMBER, type(None)), "n": int}
+from reports.schema import SCHEMA, check
+
+MAKE_ONE = "python run_all.py --models tiny-llama --ratios 0.8 --budget demo --out {}"
+"""The command that makes the first records of a folder."""
 
 
 class ReportError(ValueError):
-    """The report cannot be made; the message is one paragraph for the user."""
+    """What was asked cannot be made; the message is one paragraph for the user."""
 
 
 @dataclass(frozen=True)
@@ -71,69 +57,74 @@ class Record:
     """Why the cell is not done; empty where it is."""
 
 
-def read_all(results: Path) -> list[Record]:
-    """Every record below `results`, in the order of their paths.
+class Records(list[Record]):
+    """The records of a folder, and what is wrong with some of them."""
+
+    def __init__(self, records: Iterable[Record], problems: Iterable[str] = ()) -> None:
+        super().__init__(records)
+        self.problems = tuple(problems)
+        """A sentence or two each, for the top of a report."""
+
+
+def read_all(results: Path) -> Records:
+    """Every record below `results` that can be read, in the order of their paths; of two of one cell the first.
 
     Raises:
-        ReportError: there is none, one is damaged or of a newer schema, or two describe the same cell.
+        ReportError: there is no such folder.
     """
-    paths = sorted(results.rglob("record.json"))
-    if not paths:
+    if not results.is_dir():
         raise ReportError(
-            f"There is no record.json below {results}. Give the folder a run wrote to, or make one first: "
-            f"python run_all.py --models tiny-llama --ratios 0.8 --budget demo --out {results}"
+            f"There is no folder {results}. Give the folder a run wrote to, or make one first: "
+            f"{MAKE_ONE.format(results)}"
         )
-    records = [read(path) for path in paths]
-    _refuse_twins(records)
-    return records
+    read, problems = [], []
+    for path in sorted(results.rglob("record.json")):
+        try:
+            read.append(_read(path))
+        except ReportError as error:
+            problems.append(f"{path.relative_to(results).as_posix()} {error}")
+    kept, twins = _without_twins(read, results)
+    return Records(kept, [*problems, *twins, *_not_finite(kept)])
 
 
-def read(path: Path) -> Record:
+def _read(path: Path) -> Record:
     """The record at `path`.
 
     Raises:
-        ReportError: it is damaged or of a newer schema.
+        ReportError: it is damaged or of a newer schema; the message goes on after the record's name.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        _check_schema(path, content)
+        _check_schema(content)
         return _parse(path, content)
     except ReportError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(
-            f"The record {path} is damaged: {error}. Restore it from a backup or from git, or delete it and repeat "
-            "its run_all.py command, which measures that cell again and keeps every other."
+            f"is damaged and left out: {error}. Restore it from a backup or from git, or delete it and repeat its "
+            "run_all.py command, which measures that cell again and keeps every other."
         ) from error
 
 
-def _check_schema(path: Path, content: Any) -> None:
+def _check_schema(content: Any) -> None:
     schema = content.get("schema") if isinstance(content, dict) else None
     if not isinstance(schema, int):
         raise ValueError("it has no schema number")
     if schema > SCHEMA:
         raise ReportError(
-            f"The record {path} has schema {schema}, and this version reads up to {SCHEMA}. "
-            "Update the program (git pull), or give --results a folder without it."
+            f"is left out: it has schema {schema}, and this version reads up to {SCHEMA}. "
+            "Update the program (git pull)."
         )
 
 
 def _parse(path: Path, content: Mapping[str, Any]) -> Record:
-    _need(content, {"status": str, "cell": dict}, "")
-    _need(content["cell"], CELL, "cell.")
-    _need({"skipped": {}, **content}, {"skipped": dict}, "")
-    if content["status"] not in STATUSES:
-        raise ValueError(f"its status is {content['status']!r}, not one of {', '.join(STATUSES)}")
-    measured = content["status"] == "done" or bool(content.get("size"))
-    if measured:
-        _need(content, {"size": dict, "metrics": dict, "provenance": dict}, "")
-        _need(content["size"], SIZE, "size.")
+    measured = check(content)
     return Record(
         path=path,
         status=content["status"],
         cell=content["cell"],
         size=content["size"] if measured else {},
-        metrics={name: _metric(name, entry) for name, entry in content["metrics"].items()} if measured else {},
+        metrics={name: Metric(**_known(entry)) for name, entry in content["metrics"].items()} if measured else {},
         time=content.get("time", {}) if measured else {},
         memory=content.get("memory", {}) if measured else {},
         provenance=content["provenance"] if measured else {},
@@ -150,27 +141,25 @@ def _unmeasured(content: Mapping[str, Any]) -> str:
     return f"nothing could be measured: {', '.join(content['skipped'])}"
 
 
-def _metric(name: str, entry: Any) -> Metric:
-    if not isinstance(entry, dict):
-        raise ValueError(f"its metrics.{name} is {entry!r}")
-    _need(entry, METRIC, f"metrics.{name}.")
-    return Metric(entry["value"], entry["stderr"], entry["n"])
+def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("value", "stderr", "n")}
 
 
-def _need(content: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    for key, kind in kinds.items():
-        if key not in content:
-            raise ValueError(f"it lacks {where}{key}")
-        if not isinstance(content[key], kind):
-            raise ValueError(f"its {where}{key} is {content[key]!r}")
-
-
-def _refuse_twins(records: list[Record]) -> None:
-    seen: dict[str, Path] = {}
+def _without_twins(records: Iterable[Record], results: Path) -> tuple[list[Record], list[str]]:
+    """The first record of every cell, and a sentence for every other."""
+    seen: dict[str, Record] = {}
+    told = []
     for record in records:
-        twin = seen.setdefault(record.cell["id"], record.path)
-        if twin is not record.path:
-            raise ReportError(
-                f"{twin} and {record.path} describe the same cell {record.cell['id']}. "
-                "Delete one of them, or give --results a folder with only one."
-            )
+        first = seen.setdefault(record.cell["id"], record)
+        if first is not record:
+            paths = (each.path.relative_to(results).as_posix() for each in (record, first))
+            told.append("{} is left out: {} describes the same cell. Delete one of them.".format(*paths))
+    return list(seen.values()), told
+
+
+def _not_finite(records: Iterable[Record]) -> Iterator[str]:
+    """A sentence per record with numbers that are none."""
+    for record in records:
+        if wrong := [f"{n} {m.value}" for n, m in record.metrics.items() if not math.isfinite(m.value)]:
+            cell = "{model} {method} at {ratio}, seed {seed}".format_map(record.cell)
+            yield f"{cell} has numbers that are none: {', '.join(wrong)}. No nan is called the best, nor tied with it."

@@ -1,9 +1,7 @@
-"""Writes the report: `report.md`, every table in every format beside it, and the figures in a folder of their own."""
+"""Makes the content of every file of the report: `report.md`, every table in every format, the figures in a folder of
+their own, and the web page."""
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from fnmatch import fnmatch
 
 from markupsafe import Markup
 
@@ -14,14 +12,18 @@ from reports.cost import cost_table, size_table
 from reports.families import constructions_table, semi_structured_table
 from reports.figures import FAMILIES, figures
 from reports.figures.files import FOLDER, SUFFIXES, render
-from reports.formats import FORMATS, MARKDOWN, markdown
+from reports.formats import FORMATS, MARKDOWN
+from reports.modules import modules_table, published_modules_table
 from reports.perplexity import perplexity_table
-from reports.records import Record, ReportError
-from reports.results import FINE_TUNED, pool
+from reports.records import MAKE_ONE, Records
+from reports.results import pool
 from reports.significance import intervals_table, significance_table
 from reports.speed import latency_table, speed_table, work_table
 from reports.summary import cautions, facts
-from reports.tables import UNLIKE, Cell, Column, Table, percent
+from reports.tables import UNLIKE, Table
+from reports.throughput import throughput_table
+from reports.unfinished import unfinished_table
+from reports.variants import ablations_table, settings_table
 from reports.web import page
 
 BUILDERS = (
@@ -30,11 +32,16 @@ BUILDERS = (
     constructions_table,
     zero_shot_table,
     few_shot_table,
+    settings_table,
+    ablations_table,
     significance_table,
     intervals_table,
     size_table,
+    modules_table,
+    published_modules_table,
     compression_table,
     speed_table,
+    throughput_table,
     latency_table,
     work_table,
 )
@@ -44,11 +51,16 @@ TABLES = (
     "constructions",
     "zero-shot",
     "few-shot",
+    "settings",
+    "ablations",
     "significance",
     "intervals",
     "size",
+    "modules",
+    "modules-published",
     "compression",
     "speed",
+    "throughput",
     "latency",
     "work",
     "cost",
@@ -57,21 +69,32 @@ TABLES = (
 """The name of every table there can be."""
 
 
-def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[str, str | bytes]:
-    """The content of every file of the report, by name.
+def build(records: Records, usd_per_hour: float | None = None) -> list[Table]:
+    """Every table that the records fill, in the order of the report.
 
     Args:
         usd_per_hour: what the device costs; None: nothing is said of money.
     """
     results = pool(records)
-    built = [build(results) for build in BUILDERS]
+    built = [builder(results) for builder in BUILDERS]
     built += [cost_table(results, usd_per_hour)] if usd_per_hour else []
-    tables = [table for table in (*built, unfinished_table(records)) if table]
-    plots, gaps = figures(results)
+    return [table for table in (*built, unfinished_table(records, results)) if table]
+
+
+def files(records: Records, usd_per_hour: float | None = None) -> dict[str, str | bytes]:
+    """The content of every file of the report, by name; `usd_per_hour` as for `build`."""
+    results = pool(records)
+    tables, (plots, gaps) = build(records, usd_per_hour), figures(results)
+    contents: dict[str, str | bytes] = {
+        f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()
+    }
     report = MARKDOWN.get_template("report.md").render(
+        problems=records.problems,
+        make_one="" if any(record.status == "done" for record in records) else MAKE_ONE.format("results"),
+        unfinished=any(table.name == "unfinished" for table in tables),
         facts=facts(results),
         cautions=list(cautions(results)),
-        tables=[(table, Markup(markdown(table))) for table in tables],
+        tables=[(table, Markup(contents[f"{table.name}.md"])) for table in tables],
         formats=list(FORMATS),
         plots=plots,
         gaps=gaps,
@@ -84,72 +107,11 @@ def files(records: Sequence[Record], usd_per_hour: float | None = None) -> dict[
         fine_tuned=any(result.fine_tuned for result in results),
         done=sum(record.status == "done" for record in records),
     )
-    contents = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
     contents |= render(plots)
     return {"report.md": report, "index.html": page(records, plots, contents)} | contents
 
 
-def unfinished_table(records: Sequence[Record]) -> Table | None:
-    """The cells that failed or were skipped and the skipped tasks, and why; None where everything is done."""
-    rows = (*(_unfinished_row(record) for record in records if record.status != "done"), *_skipped_rows(records))
-    if not rows:
-        return None
-    labels = ("Model", "Method", "Asked, %", "Seed", "Status", "Why")
-    return Table(
-        name="unfinished",
-        title="Failed and skipped cells and tasks",
-        caption="What one of them measured before it failed is in the other tables. The command that started them "
-        "tries them again and keeps what is finished.",
-        columns=tuple(Column(label, text=label not in ("Asked, %", "Seed")) for label in labels),
-        rows=rows,
-    )
-
-
-def _unfinished_row(record: Record) -> tuple[Cell, ...]:
-    cell = record.cell
-    ratio, why = Cell(percent(cell["ratio"])), Cell(record.error or "no reason recorded")
-    method = Cell(cell["method"] + (FINE_TUNED if cell.get("recover") else ""))
-    return Cell(cell["model"]), method, ratio, Cell(cell["seed"]), Cell(record.status), why
-
-
-def _skipped_rows(records: Sequence[Record]) -> Iterator[tuple[Cell, ...]]:
-    """One row per model and task, however many cells lack it."""
-    found = Counter((record.cell["model"], task, why) for record in records for task, why in record.skipped.items())
-    for (model, task, why), count in found.items():
-        cells = Cell(f"{count} cell{'s' if count > 1 else ''}")
-        yield Cell(model), cells, Cell(None), Cell(None), Cell("task skipped"), Cell(f"{task}: {why}")
-
-
-def write(contents: Mapping[str, str | bytes], out: Path) -> None:
-    """Write each file under a temporary name and rename it, so that none is ever half there.
-
-    Tables and figures of an earlier report that this one does not have are removed, and nothing else.
-
-    Raises:
-        ReportError: `out` cannot be written to.
-    """
-    try:
-        for name, content in contents.items():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            _replace(out / name, content)
-        for name in {f"{table}.{suffix}" for table in TABLES for suffix in FORMATS} - set(contents):
-            (out / name).unlink(missing_ok=True)
-        for pattern in (f"{FOLDER}/{family.name}.*" for family in FAMILIES):
-            for path in out.glob(pattern):
-                if path.relative_to(out).as_posix() not in contents:
-                    path.unlink()
-    except OSError as error:
-        raise ReportError(f"The report cannot be written to {out}: {error}. Give --out another folder.") from error
-
-
-def _replace(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def is_ours(name: str) -> bool:
+    """Whether a report has had a file of this name: a table or figure that there can be."""
+    figures = any(fnmatch(name, f"{FOLDER}/{family.name}.*") for family in FAMILIES)
+    return figures or name in {f"{table}.{suffix}" for table in TABLES for suffix in FORMATS}

@@ -79,9 +79,9 @@ class Result:
         whole = [[record.metrics[name] for name in names] for record in has_all]
         if not whole:
             return None
-        values = [statistics.fmean(metric.value for metric in metrics) for metrics in whole]
-        error = _mean_stderr(whole[0]) if len(whole) == 1 else statistics.stdev(values)
-        return Pooled(statistics.fmean(values), error, len(whole))
+        values = [mean([metric.value for metric in metrics]) for metrics in whole]
+        error = _mean_stderr(whole[0]) if len(whole) == 1 else _spread(values)
+        return Pooled(mean(values), error, len(whole))
 
     def size(self, key: str) -> float:
         """A count of the record's `size`, the mean over seeds."""
@@ -103,6 +103,19 @@ def pool(records: Iterable[Record]) -> list[Result]:
     variants = _variants(groups)
     results = [_result(key, group, variants, blocks) for key, group in groups.items()]
     return sorted(results, key=lambda result: (*_model_order(result), not result.dense, -result.ratio, result.method))
+
+
+def mean(values: Sequence[float]) -> float:
+    """As exact as can be; of infinities of both signs there is none."""
+    try:
+        return statistics.fmean(values)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """The standard deviation, where there is one."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else None
 
 
 def _mean_stderr(metrics: Sequence[Metric]) -> float | None:

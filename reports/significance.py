@@ -8,8 +8,8 @@ from reports.accuracy import few_shot, task_standings, zero_shot
 from reports.comparison import IDENTITY, MetricName, identity
 from reports.perplexity import perplexity_standings
 from reports.results import Result
-from reports.standings import Race, Rival, Standings, lower_is_better
-from reports.statistics import wilson
+from reports.standings import Standings, lower_is_better
+from reports.statistics import Estimate, wilson
 from reports.tables import Cell, Column, Table, legend, percent
 
 CAPTION = (
@@ -60,24 +60,27 @@ def _rows(table: str, standing: Standings) -> Iterator[tuple[Cell, ...]]:
         head = (*map(Cell, (table, best.model, percent(best.ratio), measured, best.method)),)
         for rival in race.rivals:
             if rival.found:
-                yield *head, Cell(rival.result.method), *_tested(race, rival)
+                cells = tested_cells(rival.found, rival.adjusted, lower_is_better(race.names))
+                yield *head, Cell(rival.result.method), *cells, Cell("tied" if rival.tied else "worse")
         untested = sorted((rival for rival in race.rivals if not rival.found), key=lambda rival: rival.why)
         for why, held in groupby(untested, key=lambda rival: rival.why):
             methods = "; ".join(rival.result.method for rival in held)
-            gap = (*map(Cell, UNTESTED), Cell(""), Cell(None), Cell(None))
-            yield *head, Cell(methods), *gap, Cell(f"not tested: {why}")
+            yield *head, Cell(methods), *tested_cells(None, math.nan, False), Cell(f"not tested: {why}")
 
 
-def _tested(race: Race, rival: Rival) -> tuple[Cell, ...]:
-    found = rival.found
-    assert found
-    ratio = lower_is_better(race.names)
+def tested_cells(found: Estimate | None, adjusted: float, ratio: bool) -> tuple[Cell, ...]:
+    """A difference, the ends of its interval, its unit, p and the adjusted p; empty where nothing was tested.
+
+    Args:
+        ratio: whether it is one of nats per token, shown as the ratio of the perplexities.
+    """
+    if found is None:
+        return *map(Cell, UNTESTED), Cell(""), Cell(None), Cell(None)
     ends = (found.value, found.low, found.high)
     return (
         *(_ratio(value) if ratio else _points(value) for value in ends),
         Cell("ratio" if ratio else "points"),
-        *(Cell(p, digits=probability(p)) for p in (found.p, rival.adjusted)),
-        Cell("tied" if rival.tied else "worse"),
+        *(Cell(p, digits=probability(p)) for p in (found.p, adjusted)),
     )
 
 
@@ -118,7 +121,7 @@ def intervals_table(results: Sequence[Result]) -> Table | None:
 
 def _interval(result: Result, name: MetricName) -> tuple[Cell, Cell]:
     metrics = [record.metrics[str(name)] for record in result.records if str(name) in record.metrics]
-    if len(metrics) != 1:
+    if len(metrics) != 1 or not 0 <= metrics[0].value <= 1:
         return Cell(None), Cell(None)
     low, high = wilson(metrics[0].value, metrics[0].n)
     return Cell(100 * low), Cell(100 * high)

@@ -1,5 +1,6 @@
 """The tables of the speed task: rates beside the dense model's, latencies, and the work and memory of a token."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from reports.tables import Cell, Column, Table, legend, number
 
 PHASES = ("prefill", "decode")
 RATE = "{}_tokens_per_s"
+BATCH = re.compile(r"b\d+")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def _table(
         (*identity(result), Cell(int(batch[1:])), *(figure.cell(result, batch) for figure in shown))
         for result, batch in keys
     )
-    measured = [result for result in results if any(result is other for other, _ in keys)]
+    with_rows = {result for result, _ in keys}
+    measured = [result for result in results if result in with_rows]
     return Table(
         name=name,
         title=title,
@@ -136,7 +139,7 @@ def _table(
 
 def batches(results: Sequence[Result]) -> list[str]:
     """The batch sizes that any result was timed at, as in `b4`, ascending."""
-    names = [name for name in metric_names(results) if name.source == "speed" and name.protocol.startswith("b")]
+    names = [name for name in metric_names(results) if name.source == "speed" and BATCH.fullmatch(name.protocol)]
     return sorted({name.protocol for name in names}, key=lambda batch: int(batch[1:]))
 
 
@@ -147,8 +150,9 @@ def timed(results: Sequence[Result]) -> list[Result]:
 
 def _not_faster(results: Sequence[Result]) -> Iterator[str]:
     """A sentence per compressed model whose speed is somewhere not two standard errors above the dense one."""
+    sizes = batches(results)
     for result in results:
-        slow = [text for batch in batches(results) for text in _slow_phases(result, batch)]
+        slow = [text for batch in sizes for text in _slow_phases(result, batch)]
         if slow and not result.dense:
             yield f"{result.title} is not measurably faster than dense in {', '.join(slow)}."
 

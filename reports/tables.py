@@ -1,22 +1,26 @@
 """The one table model: what every format renders, and how a number is shown.
 
-Builders make a `Table`; `reports.formats` turns it into markdown, LaTeX, CSV and HTML. `Table.shown` holds the texts
-that the three formats made for reading have in common; CSV keeps the numbers as they were measured.
+Builders make a `Table`; `reports.formats` turns it into markdown, LaTeX, CSV and HTML, `reports.terminal` into lines of
+a terminal. `Table.shown` holds the texts that all made for reading have in common; CSV keeps the numbers as they were
+measured.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 OFF_BUDGET = "†"
 UNLIKE = "‡"
 CUT = "§"
+DOUBTED = "¶"
 TIED = "≈"
 LEGEND = {
     OFF_BUDGET: "off budget: the counted share of active parameters misses the asked ratio by more than its tolerance.",
     TIED: "not significantly worse than the best of its model and ratio (bold), see the table significance.",
     UNLIKE: "measured under other conditions than the rest of its column, so not to be compared with it:",
     CUT: "measured on prompts that were cut at their start to fit the model's limit of tokens, as counted below.",
+    DOUBTED: "published so, but it can hardly be right:",
 }
 
 
@@ -38,6 +42,11 @@ class Cell:
     """How the number is written for readers, where two decimals would not do."""
 
     def __str__(self) -> str:
+        return self._shown
+
+    @cached_property
+    def _shown(self) -> str:
+        """Kept, because every format asks for it."""
         value = self.digits or self.value
         shown = plain(value) if isinstance(value, str) else number(value, self.error)
         return f"{shown}{f' ({plain(self.remark)})' if self.remark else ''}{self.marks}"
@@ -75,7 +84,7 @@ class Table:
     notes: tuple[str, ...] = ()
     """Sentences below the table."""
 
-    @property
+    @cached_property
     def shown(self) -> list[list[str]]:
         """The cells as texts, a block's name in its first row only."""
         texts = [[str(cell) for cell in row] for row in self.rows]
@@ -86,9 +95,11 @@ class Table:
         return index > 0 and self.rows[index][0] == self.rows[index - 1][0]
 
 
+@lru_cache(maxsize=2**16)  # every format asks for the same cells
 def plain(text: str) -> str:
     """`text` on one line, without control characters."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    visible = text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)
+    return " ".join(visible.split())
 
 
 def number(value: float | None, error: float | None = None) -> str:
@@ -113,7 +124,7 @@ def _decimals(value: float, digits: int) -> int:
 
 def percent(share: float) -> float:
     """A share in per cent; an `int` where it is whole, so that an asked 0.6 is shown as 60."""
-    value = round(100 * share, 9)
+    value = round(100.0 * share, 9)
     return int(value) if value.is_integer() else value
 
 

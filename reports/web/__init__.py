@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from reports.coloured import COLOURS, INKS, PART, visible
 from reports.figures import Plot
-from reports.records import Record
+from reports.records import Records
 from reports.results import pool
 from reports.summary import cautions, facts
 from reports.web.board import FIXED, board
@@ -32,7 +32,7 @@ PAGE = Environment(
 )
 
 
-def page(records: Sequence[Record], plots: Sequence[Plot], files: Mapping[str, str | bytes]) -> str:
+def page(records: Records, plots: Sequence[Plot], files: Mapping[str, str | bytes]) -> str:
     """The whole page.
 
     Args:
@@ -43,6 +43,7 @@ def page(records: Sequence[Record], plots: Sequence[Plot], files: Mapping[str, s
     leaders, script = board(results, records), (HERE / "page.js").read_text(encoding="utf-8")
     texts = coloured(results)
     return PAGE.get_template("page.html").render(
+        problems=records.problems,
         facts=facts(results),
         cautions=list(cautions(results)),
         done=sum(record.status == "done" for record in records),

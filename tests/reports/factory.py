@@ -67,6 +67,17 @@ def sampled(
     return content | {"metrics": metrics, "samples": files}
 
 
+def structure(blocks: int = 2, mixture: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """What `structure.json` holds: `changes` are kept widths that differ from the dense model's."""
+    full = {"heads": 4, "kv_heads": 4, "qk": 32, "vo": 32, "mlp": 400}
+    layers = [
+        {name: {"kept": changes.get(name, width), "full": width} for name, width in full.items()} | {"mixture": mixture}
+        for _ in range(blocks)
+    ]
+    structures = {"moe_mlp": {}} if mixture else {}
+    return {"compression": {"structures": structures}, "removed_layers": [], "rotated_width": None, "layers": layers}
+
+
 def matrix() -> list[dict[str, Any]]:
     """Dense, shortgpt and slicegpt at two ratios on two models, one cell of them failed and one off budget."""
     records = [record(model) for model in DENSE]
@@ -84,7 +95,9 @@ def write(results: Path, records: list[dict[str, Any]]) -> Path:
         cell = content["cell"]
         path = results / str(len(list(results.rglob("*.json")))) / cell["id"] / "record.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({key: content[key] for key in content if key != "samples"}, indent=1))
+        path.write_text(json.dumps({key: content[key] for key in content if key not in ("samples", "structure")}))
+        if "structure" in content:
+            (path.parent / "structure.json").write_text(json.dumps(content["structure"]))
         for name, rows in content.get("samples", {}).items():
             write_samples(path.parent / "samples" / f"{name}.jsonl.gz", rows)
     return results

@@ -7,7 +7,7 @@ import pytest
 
 from reports.compression import compression_table
 from reports.perplexity import perplexity_table
-from reports.records import read_all
+from reports.records import Records, read_all
 from reports.render import files
 from reports.results import Result, pool
 from tests.reports import factory
@@ -80,7 +80,7 @@ def test_settings_are_named_where_they_belong(tmp_path: Path) -> None:
 
 
 def test_being_fine_tuned_is_no_unequal_setting(results: list[Result], tmp_path: Path) -> None:
-    report = files([record for result in results for record in result.records])["report.md"]
+    report = files(Records(record for result in results for record in result.records))["report.md"]
     assert "not run with equal settings" not in report and "Not of one size" not in report
     other = [tuned("shortgpt", 0.8), tuned("slicegpt", 0.8, recipe=RECIPE | {"rank": 32})]
     report = files(read_all(factory.write(tmp_path / "other", other)))["report.md"]
@@ -89,10 +89,10 @@ def test_being_fine_tuned_is_no_unequal_setting(results: list[Result], tmp_path:
 
 
 def test_the_report_says_what_was_done(results: list[Result]) -> None:
-    report = files([record for result in results for record in result.records])["report.md"]
+    report = files(Records(record for result in results for record in result.records))["report.md"]
     assert "lora on 307,200 tokens: rank 8, alpha 16.0, merge True" in report
     assert 'only rows that say "+ fine-tuning"' in report and "nothing is fine-tuned" not in report
-    without = files([record for result in results if not result.fine_tuned for record in result.records])["report.md"]
+    without = files(Records(record for r in results if not r.fine_tuned for record in r.records))["report.md"]
     assert "nothing is fine-tuned afterwards" in without and "Fine-tuning" not in without
 
 

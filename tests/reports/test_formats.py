@@ -1,4 +1,4 @@
-"""One table, four formats: the same numbers in each, and no text that breaks out of its cell."""
+"""One table, five renderings: the same numbers in each, and no text that breaks out of its cell."""
 
 import csv
 import io
@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from reports.perplexity import perplexity_table
 from reports.records import read_all
 from reports.results import pool
 from reports.tables import Cell, Column, Table, plain
+from reports.terminal import terminal
 from tests.reports import factory
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -84,7 +87,7 @@ def undone(cell: str) -> str:
 LATEX_NAMES = {
     **{"textbackslash": "\\", "textasciicircum": "^", "textasciitilde": "~", "textless": "<", "textgreater": ">"},
     **{"textbar": "|", "textquotesingle": "'", "textasciigrave": "`", "textdagger": "†", "textdaggerdbl": "‡"},
-    **{"textpm": "±", "textsection": "§", "approx": "≈", "ttfamily": '"'},
+    **{"textpm": "±", "textsection": "§", "approx": "≈", "ttfamily": '"', "textparagraph": "¶"},
 }
 LATEX_TOKEN = re.compile(
     r"""\\ensuremath\{\\(approx)\}
@@ -98,7 +101,22 @@ LATEX_TOKEN = re.compile(
     re.VERBOSE,
 )
 
-READERS: dict[str, Callable[[str], list[list[str]]]] = {"md": read_markdown, "html": read_html, "tex": read_latex}
+
+def read_terminal(text: str) -> list[list[str]]:
+    """The body of the only panel of a table; a cell begins where its column's rule does."""
+    lines = text.split("\n\n")[2].splitlines()
+    (rule,) = (index for index, line in enumerate(lines) if re.fullmatch(r"[- ]+", line) and "--" in line)
+    spans = [match.span() for match in re.finditer("-+", lines[rule])]
+    return [[line[start:end].strip() for start, end in spans] for line in lines[rule + 1 :]]
+
+
+READERS: dict[str, Callable[[str], list[list[str]]]] = {
+    "md": read_markdown,
+    "html": read_html,
+    "tex": read_latex,
+    "terminal": read_terminal,
+}
+RENDERERS = FORMATS | {"terminal": partial(terminal, width=1000)}
 
 
 def table_of(*rows: tuple[Cell, ...]) -> Table:
@@ -122,10 +140,12 @@ def paper_tables(tmp_path: Path) -> list[Table]:
 @given(text=st.text(alphabet=st.characters(max_codepoint=0x24F, exclude_categories=["Cs"])))
 def test_any_text_survives_in_its_cell(suffix: str, text: str) -> None:
     shown = plain(text)
-    if suffix == "tex":
-        shown = "".join(char if char.isascii() or char in "±§" else f"[U+{ord(char):04X}]" for char in shown)
+    if suffix == "terminal" and len(shown) > 36:
+        return
+    if suffix.endswith("tex"):
+        shown = "".join(char if char.isascii() or char in "±§¶" else f"[U+{ord(char):04X}]" for char in shown)
     table = table_of((Cell(text), Cell(1.5)), (Cell("last"), Cell(None)))
-    assert READERS[suffix](FORMATS[suffix](table)) == [[shown, "1.50"], ["last", "-"]]
+    assert READERS[suffix](RENDERERS[suffix](table)) == [[shown, "1.50"], ["last", "-"]]
 
 
 @settings(deadline=None)
@@ -143,10 +163,11 @@ def test_csv_keeps_every_digit(value: float, error: float) -> None:
 
 
 @pytest.mark.parametrize("suffix", READERS)
-def test_every_format_has_the_numbers_of_the_csv(tmp_path: Path, suffix: str) -> None:
+def test_every_format_has_the_numbers_of_the_csv(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reports.latex.LINE", 1000)
     for table in paper_tables(tmp_path):
         exact = list(csv.DictReader(io.StringIO(FORMATS["csv"](table))))
-        for shown, row in zip(READERS[suffix](FORMATS[suffix](table)), exact, strict=True):
+        for shown, row in zip(READERS[suffix](RENDERERS[suffix](table)), exact, strict=True):
             for column, text in zip(table.columns, shown, strict=True):
                 if not column.text:
                     assert_same_number(text, row[str(column)], row.get(f"{column} ±", ""))
@@ -185,17 +206,61 @@ def test_a_block_is_named_once_and_ruled_off() -> None:
     assert [row[0] for row in csv.reader(io.StringIO(FORMATS["csv"](table)))] == ["Name", "a", "a", "b"]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", ["md", "tex", "csv", "html"])
 def test_golden_perplexity_table(tmp_path: Path, suffix: str) -> None:
     assert FORMATS[suffix](paper_tables(tmp_path)[0]) == (GOLDENS / f"perplexity.{suffix}").read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX on this machine")
-def test_latex_compiles_as_it_is(tmp_path: Path) -> None:
-    names = (HOSTILE, "[starts a row", "* too", "模型 † ‡")
-    source = FORMATS["tex"](table_of(*((Cell(name), Cell(1.5, 0.2, HOSTILE, "†‡")) for name in names)))
-    (tmp_path / "t.tex").write_text(source, encoding="utf-8")
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="latin-1", check=False)
+def compiled(folder: Path, table: Table) -> None:
+    """Set the stand-alone document, without any warning."""
+    for suffix in ("tex", "standalone.tex"):
+        (folder / f"t.{suffix}").write_text(FORMATS[suffix](table), encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.standalone.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="latin-1", check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Warning" not in done.stdout and "Missing character" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX on this machine")
+def test_latex_compiles(tmp_path: Path) -> None:
+    names = (HOSTILE, "[starts a row", "* too", "模型 † ‡")
+    rows = tuple((Cell(name), Cell(1.5, 0.2, HOSTILE, "†‡¶")) for name in names)
+    compiled(tmp_path, replace(table_of(*rows), notes=(HOSTILE, "A note.")))
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX on this machine")
+def test_long_latex_tables_go_on_on_further_pages(tmp_path: Path) -> None:
+    table = table_of(*((Cell("a"), Cell(index)) for index in range(1000)))
+    compiled(tmp_path, table)
+    text = FORMATS["tex"](table)
+    pages = [read_latex(f"\\midrule\n{page}") for page in text.split("\\midrule\n")[1:]]
+    assert [row[1] for page in pages for row in page] == [str(index) for index in range(1000)]
+    assert all(page[0][0] == "a" for page in pages) and text.count("(continued)") == len(pages) - 1 == 22
+
+
+def test_wide_latex_tables_repeat_the_names(tmp_path: Path) -> None:
+    table = paper_tables(tmp_path)[0]
+    parts = [read_latex(part) for part in FORMATS["tex"](table).split("\\clearpage")]
+    assert len(parts) > 1 and all([row[:2] for row in part] == [row[:2] for row in parts[0]] for part in parts)
+    joined = [[cell for part in rows for cell in part[2:]] for rows in zip(*parts, strict=True)]
+    assert joined == [row[2:] for row in table.shown]
+
+
+def test_wrapped_latex_rows_count_for_what_they_are(tmp_path: Path) -> None:
+    text = FORMATS["tex"](table_of(*((Cell(f"{index} " + "word " * 60), Cell(index)) for index in range(9))))
+    assert text.count("\\begin{tabular}{>{\\raggedright\\arraybackslash}p{5.5cm}r}") == 3
+
+
+def test_a_narrow_terminal_gets_the_columns_below_each_other() -> None:
+    columns = (Column("Model", text=True), Column("Method", text=True), *(Column(f"c{i}") for i in range(9)))
+    row = (Cell("tiny"), Cell("a method with a very long name, set to something special"), *map(Cell, range(9)))
+    text = terminal(Table(name="t", title="Title", caption="word " * 40, columns=columns, rows=(row,)), 60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert [int(digit) for digit in re.findall(r"  (\d)\b", text)] == list(range(9)) and text.count("a method with") > 1
+    assert [number for number in re.findall(r"\bc(\d)\b", text)] == [str(i) for i in range(9)]
+
+
+def test_the_best_has_a_star_in_a_terminal() -> None:
+    text = terminal(table_of((Cell("a"), Cell(1.5, best=True)), (Cell("b"), Cell(2.5))), 80)
+    assert "1.50*" in text and "2.50*" not in text and "* the best" in text
+    assert "the best" not in terminal(table_of((Cell("a"), Cell(1.5))), 80)

@@ -1,5 +1,6 @@
 """The command: what it writes, what it says, and what it never imports."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,24 +10,20 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from reports.figures.files import SUFFIXES
 from reports.formats import FORMATS
 from reports.records import ReportError, read_all
-from reports.render import TABLES, files, write
+from reports.render import TABLES, files, is_ours
+from reports.write import write
 from tests.reports import factory
 
 ROOT = Path(__file__).parents[2]
 SCORES = {"wikileads/token_ppl@512": [3.0, 3.5, 2.5]}
+DIFFERENT = (
+    {},
+    {"cell__id": "a", "cell__method_config": {"angular": True}},
+    {"cell__id": "b", "cell__calibration": {"name": "alpaca"}},
+)
 SOME = {"value": 0.5, "stderr": None, "n": 1}
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn in test_figures.py, and here by the command only: it takes seconds."""
-    names = "figures/{}.{}".format
-    monkeypatch.setattr(
-        "reports.render.render", lambda plots: {names(plot.name, suffix): "" for plot in plots for suffix in SUFFIXES}
-    )
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -57,7 +54,7 @@ def test_command_writes_the_report_and_every_table_in_every_format(tmp_path: Pat
     page = texts.pop("index.html"), expected["index.html"]  # differ in the figures alone
     assert len({re.sub(r"data:[^\"]*", "", each) for each in page}) == 1
     assert texts.items() <= expected.items()
-    tables = ("perplexity", "zero-shot", "intervals", "size", "compression", "speed", "unfinished")
+    tables = ("perplexity", "zero-shot", "intervals", "size", "compression", "speed", "throughput", "unfinished")
     assert set(expected) == {
         "report.md",
         "index.html",
@@ -79,8 +76,9 @@ def test_report_holds_head_reading_aid_every_table_the_failed_cell_and_figures(t
             "Size",
             "Compression",
             "Speed",
+            "Throughput",
         ),
-        "Failed and skipped cells and tasks",
+        "Failed, skipped and missing cells and tasks",
         "Figures",
     ]
     assert "4f2a9c1 with uncommitted changes" in report
@@ -107,13 +105,11 @@ def test_report_of_failed_cells_only(tmp_path: Path) -> None:
     assert "no reason recorded" in found["report.md"]
 
 
-@pytest.mark.parametrize("spoil", ["empty", "damaged"])
-def test_bad_results_end_in_one_paragraph_and_status_2_with_nothing_written(tmp_path: Path, spoil: str) -> None:
-    results = tmp_path / "results"
-    results.mkdir()
-    if spoil == "damaged":
-        (results / "record.json").write_text('{"schema": 1, "status"')
-    done = run("--results", results, "--out", tmp_path / "out")
+@pytest.mark.parametrize("arguments", [("--results", "missing", "--out", "out"), ("compare", "missing", "missing")])
+def test_no_folder_ends_in_one_paragraph_and_status_2_with_nothing_written(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    done = run(*(tmp_path / a if a in ("missing", "out") else a for a in arguments))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "run_all.py" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -125,7 +121,7 @@ def test_tables_of_an_earlier_report_are_removed_and_nothing_else(tmp_path: Path
     (tmp_path / "figures").mkdir()
     for name in ("cost.old.svg", "cost.new.svg", "mine.svg"):
         (tmp_path / "figures" / name).write_text("old")
-    write({"report.md": "x", "size.csv": "x", "figures/cost.new.svg": "x"}, tmp_path)
+    write({"report.md": "x", "size.csv": "x", "figures/cost.new.svg": "x"}, tmp_path, stale=is_ours)
     kept = {"report.md", "size.csv", "notes.md", "size.txt", "cost.new.svg", "mine.svg"}
     assert {path.name for path in tmp_path.rglob("*.*")} == kept
 
@@ -136,6 +132,8 @@ def test_every_table_is_known_by_name(tmp_path: Path) -> None:
     records = [factory.record(metrics=metrics), factory.record(method="wanda", ratio=0.6)]
     records += [factory.record(method="cmoe", ratio=0.6), factory.failed("tiny-llama", "shortgpt", 0.6, "boom")]
     records += [factory.sampled(factory.record(method=name, ratio=0.7), SCORES) for name in ("sleb", "slicegpt")]
+    records += [factory.record(method="tomoe", ratio=0.6, **change) for change in DIFFERENT]
+    records[1]["structure"] = factory.structure()
     found = without_figures(files(read_all(factory.write(tmp_path, records)), usd_per_hour=2.5))
     assert {name for name in found if name not in ("report.md", "index.html")} == {
         f"{table}.{x}" for table in TABLES for x in FORMATS
@@ -152,6 +150,37 @@ def test_report_claims_equal_conditions_only_where_they_are(tmp_path: Path) -> N
     assert claim not in report and otherwise in report and "deviation over the seeds" in report
 
 
+def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    factory.write(tmp_path / "results", factory.matrix())
+    for name, seed in (("a", "1"), ("b", "2")):
+        command = [sys.executable, "-m", "reports", "--results", tmp_path / "results", "--out", tmp_path / name]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.*") if p.is_file()} for name in "ab")
+    assert first == second
+
+
+def test_no_records_say_how_to_make_some(tmp_path: Path) -> None:
+    found = files(read_all(tmp_path))
+    assert set(found) == {"report.md", "index.html"} and "0 finished cells" in found["report.md"]
+    page = MarkdownIt("commonmark").render(found["report.md"])
+    assert "python run_all.py --models tiny-llama --ratios 0.8 --budget demo" in page and "<table" not in page
+
+
+def test_problems_stand_at_the_top(tmp_path: Path) -> None:
+    factory.write(tmp_path, [factory.record(), factory.record(schema=2, seed=1)])
+    report = files(read_all(tmp_path))["report.md"]
+    assert report.index("has schema 2") < report.index("1 finished cells") < report.index("## What was run")
+
+
+def test_tables_are_shown_in_the_terminal(tmp_path: Path) -> None:
+    factory.write(tmp_path, factory.matrix())
+    done = run("--results", tmp_path, "--show", "size", "perplexity")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 0 <= done.stdout.index("Size\n") < done.stdout.index("Perplexity\n") and "slicegpt" in done.stdout
+    missing = run("--results", tmp_path, "--show", "cost")
+    assert missing.returncode == 2 and re.search(r"--show cost.*fill: perplexity.*needs --usd-per-hour", missing.stderr)
+
+
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file, not a folder")
     with pytest.raises(ReportError, match=r"cannot be written to .*out: .*Give --out another folder"):
@@ -161,11 +190,11 @@ def test_unwritable_folder_is_named(tmp_path: Path) -> None:
 def test_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write({"report.md": "old"}, tmp_path)
 
-    def full(path: Path, content: str, encoding: str) -> None:
+    def full(path: Path, content: bytes) -> None:
         path.open("w").close()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ReportError, match="No space left on device"):
         write({"report.md": "new"}, tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "old")]
@@ -189,4 +218,5 @@ def test_a_skipped_task_is_one_row_however_many_cells_lack_it(tmp_path: Path) ->
         "-",
         "task skipped",
         "sciq@0shot: no data",
+        "python run_all.py --models tiny-llama --methods dense --ratios 1 --budget demo --seeds 0 1 --tasks sciq@0shot",
     ]

@@ -12,7 +12,7 @@ from scipy import stats
 from reports.accuracy import zero_shot_table
 from reports.formats import FORMATS
 from reports.perplexity import perplexity_standings, perplexity_table
-from reports.records import read_all
+from reports.records import Records, read_all
 from reports.render import files
 from reports.results import Result, pool
 from reports.significance import intervals_table, significance_table
@@ -173,7 +173,7 @@ def test_intervals_are_wilsons(found: list[Result]) -> None:
 
 
 def test_the_report_explains_the_marks_that_it_has(found: list[Result], tmp_path: Path) -> None:
-    tested = " ".join(files([record for result in found for record in result.records])["report.md"].split())
+    tested = " ".join(files(Records(record for result in found for record in result.records))["report.md"].split())
     assert "the table *Significance of differences* has every test" in tested
     bare = " ".join(files(read_all(factory.write(tmp_path / "bare", factory.matrix())))["report.md"].split())
     assert "no difference was tested" in bare and "has every test" not in bare

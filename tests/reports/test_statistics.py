@@ -32,7 +32,11 @@ def normal(count: int, mean: float = 0.0, seed: int = 0) -> Stratum:
 @example(0, 3000)
 def test_mcnemar_is_scipys_binomial_test(first: int, second: int) -> None:
     expected = stats.binomtest(first, first + second).pvalue if first + second else 1
+<<<<<<< ours
     assert mcnemar(first, second) == pytest.approx(expected, rel=1e-8, abs=1e-200)  # where scipy gives up
+=======
+    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-8, abs=1e-280)  # where scipy gives up
+>>>>>>> theirs
 
 
 def test_mcnemar_of_millions() -> None:
@@ -85,7 +89,7 @@ def test_bootstrap_is_the_enumeration_of_all_resamples(strata: list[Stratum]) ->
 def test_bootstrap_of_many_documents_is_scipys_and_the_t_test(mean: float) -> None:
     part = normal(400, mean, seed=3)
     found, t = bootstrap([part]), stats.ttest_1samp(part.differences, 0)
-    assert found.p == pytest.approx(t.pvalue, abs=0.02)
+    assert found.p == pytest.approx(t.pvalue, abs=0.04)
     theirs = stats.bootstrap([part.differences], np.mean, method="BCa", random_state=1).confidence_interval
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
@@ -102,7 +106,7 @@ def test_the_average_is_over_tasks_however_many_documents_they_have() -> None:
 def test_tasks_are_resampled_independently() -> None:
     one = bootstrap([normal(100, 0.1)])
     two = bootstrap([normal(100, 0.1)] * 2)
-    assert (two.high - two.low) / (one.high - one.low) == pytest.approx(math.sqrt(0.5), rel=0.03)
+    assert (two.high - two.low) / (one.high - one.low) == pytest.approx(math.sqrt(0.5), rel=0.06)
 
 
 def test_interval_and_p_agree() -> None:
@@ -135,7 +139,7 @@ def test_memory_does_not_grow_with_documents_times_resamples() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     statistics._draws.cache_clear()
-    assert peak < 155e6 < 4000 * 5000 * 8
+    assert peak < 100e6 < 4000 * 5000 * 8
 
 
 @settings(deadline=None)

@@ -12,7 +12,7 @@ from lxml import html
 from matplotlib.figure import Figure
 
 from reports.figures import Plot
-from reports.records import read_all
+from reports.records import Records, read_all
 from reports.render import files
 from reports.web import page
 from tests.reports import factory, routed
@@ -142,4 +142,10 @@ def test_a_run_without_numbers_has_a_page(tmp_path: Path, records: list[dict[str
 
 
 def test_the_script_uses_as_many_looks_as_the_page(tmp_path: Path) -> None:
-    assert len(set(re.findall(r"^\.e\d", page([], [], {}), re.MULTILINE))) == 8
+    assert len(set(re.findall(r"^\.e\d", page(Records([]), [], {}), re.MULTILINE))) == 8
+
+
+def test_problems_stand_at_the_top(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{")
+    tree = _tree(tmp_path, [factory.record()])
+    assert [item.text_content().startswith("record.json is damaged") for item in tree.xpath("//header//li")] == [True]

@@ -1,0 +1,174 @@
+"""Two folders of results against each other: what got better, worse or stayed the same, by the paired tests.
+
+python -m reports compare results out/results
+python -m reports compare results out/results --out out/comparison
+"""
+
+import argparse
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reports.accuracy import judged
+from reports.comparison import MetricName, identity, pooled_cell
+from reports.formats import FORMATS
+from reports.perplexity import texts
+from reports.records import read_all
+from reports.results import Result, Settings, pool, settings_of
+from reports.samples import UnpairedError, check_paired, samples
+from reports.significance import tested_cells
+from reports.standings import compared, lower_is_better
+from reports.statistics import ALPHA, Estimate, holm
+from reports.tables import Cell, Column, Table, legend
+from reports.terminal import terminal
+from reports.write import write
+
+Key = tuple[str, str, float, Settings]
+FOLDERS = ("A", "B")
+COLUMNS = (
+    Column("Model", text=True),
+    Column("Asked, %"),
+    Column("Counted in A, %"),
+    Column("Method", text=True),
+    Column("Measured", text=True),
+    *map(Column, FOLDERS),
+    Column("B against A"),
+    Column("from", "95 % interval"),
+    Column("to", "95 % interval"),
+    Column("Unit", text=True),
+    Column("p"),
+    Column("p (Holm)"),
+    Column("Verdict", text=True),
+)
+CAPTION = (
+    "Every model, method, ratio and settings that both folders have. The difference is B minus A in points (per cent "
+    "of right answers), or B divided by A for perplexity, with its 95 % interval on the documents that both saw; the "
+    f"verdict says what B is, at a level of {100 * ALPHA:g} % after Holm's correction over all tests of this table."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One metric in both folders."""
+
+    results: tuple[Result, Result]
+    """Of A and of B."""
+    name: MetricName
+    """The metric."""
+    found: Estimate | None
+    """B minus A; None: not tested."""
+    why: str = ""
+    """Why it was not tested."""
+    adjusted: float = math.nan
+    """p after Holm's correction."""
+
+    @property
+    def verdict(self) -> str:
+        """What B is."""
+        if not self.found:
+            return f"not compared: {self.why}"
+        if self.adjusted >= ALPHA:
+            return "tied"
+        return "better" if (self.found.value < 0) == lower_is_better((str(self.name),)) else "worse"
+
+
+def comparison_table(first: Sequence[Result], second: Sequence[Result], remarks: Sequence[str] = ()) -> Table:
+    """A row per metric of every cell that both have; the notes count the verdicts and name what only one has."""
+    ours, theirs = _keyed(first), _keyed(second)
+    pairs = _corrected([pair for key in ours if key in theirs for pair in _pairs(ours[key], theirs[key])])
+    rows = tuple(_row(pair) for pair in pairs)
+    return Table(
+        name="comparison",
+        title="Comparison of two folders",
+        caption=CAPTION,
+        columns=COLUMNS,
+        rows=rows,
+        notes=(
+            *remarks,
+            _counted(pairs),
+            *_only("A", ours, theirs),
+            *_only("B", theirs, ours),
+            *legend(rows),
+        ),
+    )
+
+
+def _keyed(results: Sequence[Result]) -> dict[Key, Result]:
+    """The results by what must be the same in both folders."""
+    cells = ((result, result.records[0]) for result in results)
+    return {(r.model, record.cell["method"], r.ratio, settings_of(record)): r for r, record in cells}
+
+
+def _pairs(first: Result, second: Result) -> Iterator[Pair]:
+    both = [first, second]
+    for name in (*texts(both), *judged(both)):
+        yield _pair(first, second, name)
+
+
+def _pair(first: Result, second: Result, name: MetricName) -> Pair:
+    results, metric = (first, second), str(name)
+    for folder, result in zip(FOLDERS, results, strict=True):
+        if result.metric(metric) is None:
+            return Pair(results, name, None, f"{folder} has not measured it")
+    try:
+        old, new = samples(first, metric), samples(second, metric)
+        check_paired(new, old)
+    except UnpairedError as error:
+        return Pair(results, name, None, f"{error}")
+    return Pair(results, name, compared([new], [old]))
+
+
+def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
+    adjusted = iter(holm([pair.found.p for pair in pairs if pair.found]))
+    return [replace(pair, adjusted=next(adjusted)) if pair.found else pair for pair in pairs]
+
+
+def _row(pair: Pair) -> tuple[Cell, ...]:
+    perplexity = lower_is_better((str(pair.name),))
+    scale = 1 if perplexity else 100
+    return (
+        *identity(pair.results[0]),
+        Cell(str(pair.name)),
+        *(pooled_cell(result.metric(str(pair.name)), scale) for result in pair.results),
+        *tested_cells(pair.found, pair.adjusted, perplexity),
+        Cell(pair.verdict),
+    )
+
+
+def _counted(pairs: Sequence[Pair]) -> str:
+    counts = Counter(pair.verdict.partition(":")[0] for pair in pairs)
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in ("better", "worse", "tied", "not compared"))
+    return f"B is: {told}." if pairs else "There is no cell that both folders have measured with the same settings."
+
+
+def _only(folder: str, own: Mapping[Key, Result], other: Mapping[Key, Result]) -> Iterator[str]:
+    if titles := [result.title for key, result in own.items() if key not in other]:
+        yield f"Only in {folder}: {'; '.join(dict.fromkeys(titles))}."
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare, print, write.
+
+    Raises:
+        ReportError: a folder is not there, or nothing can be written.
+    """
+    parser = argparse.ArgumentParser(prog="python -m reports compare", description=__doc__)
+    for name in FOLDERS:
+        parser.add_argument(name, type=Path, help="folder that run_all.py --out wrote to")
+    parser.add_argument("--out", type=Path, help="folder for the table as markdown, LaTeX, CSV and HTML")
+    options = parser.parse_args(arguments)
+    folders = [(name, getattr(options, name)) for name in FOLDERS]
+    records = [read_all(folder) for _, folder in folders]
+    problems = (
+        f"{name}: {problem}" for (name, _), read in zip(folders, records, strict=True) for problem in read.problems
+    )
+    remarks = [*(f"{name} is {folder}." for name, folder in folders), *problems]
+    first, second = map(pool, records)
+    table = comparison_table(first, second, remarks)
+    print(terminal(table, shutil.get_terminal_size().columns), end="")
+    if options.out:
+        write({f"{table.name}.{suffix}": render(table) for suffix, render in FORMATS.items()}, options.out)
+    return 0

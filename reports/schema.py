@@ -1,0 +1,99 @@
+"""What a record must hold; one that lacks it, or holds something else, is damaged."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA = 1
+STATUSES = ("done", "failed", "skipped")
+NUMBER = (int, float)
+NOTHING = type(None)
+CELL = {
+    "id": str,
+    "model": str,
+    "method": str,
+    "ratio": NUMBER,
+    "ratio_basis": str,
+    "seed": int,
+    "method_config": dict,
+    "calibration": object,
+    "budget": object,
+    "dtype": object,
+}
+SIZE = dict.fromkeys(
+    ("dense_params", "active_total", "active_block", "distinct_total", "stored_total", "stored_bytes"), NUMBER
+) | {"on_budget": bool}
+METRIC = {"value": NUMBER, "stderr": (*NUMBER, NOTHING), "n": int}
+OPTIONAL = {"time": dict, "memory": dict, "notes": list, "skipped": dict}
+ORIGIN: dict[str, Any] = dict.fromkeys(
+    ("versions", "dataset_revisions", "task_versions", "tasks", "recovery"), (dict, NOTHING)
+)
+"""What may be missing from a record's `provenance`, as `OPTIONAL` from the record."""
+
+
+def check(content: Mapping[str, Any]) -> bool:
+    """Whether the record holds measurements, which a cell that failed early does not.
+
+    Raises:
+        ValueError: it is damaged; the message says where.
+    """
+    _need(content, {"status": str, "cell": dict}, "")
+    if content["status"] not in STATUSES:
+        raise ValueError(f"its status is {content['status']!r}, not one of {', '.join(STATUSES)}")
+    _need(content["cell"], CELL, "cell.")
+    _may(content["cell"], {"recover": (dict, NOTHING)}, "cell.")
+    _finite(content["cell"], ("ratio",), "cell.")
+    _may(content, {"skipped": dict}, "")
+    measured = content["status"] == "done" or bool(content.get("size"))
+    if measured:
+        _check_measured(content)
+    return measured
+
+
+def _check_measured(content: Mapping[str, Any]) -> None:
+    _need(content, {"size": dict, "metrics": dict, "provenance": dict}, "")
+    _need(content["size"], SIZE, "size.")
+    _finite(content["size"], SIZE, "size.")
+    if content["size"]["dense_params"] <= 0:
+        raise ValueError(f"its size.dense_params is {content['size']['dense_params']}")
+    _may(content, OPTIONAL, "")
+    _may(content["provenance"], ORIGIN, "provenance.")
+    _numbers(content, "time")
+    _numbers(content, "memory")
+    for name, entry in content["metrics"].items():
+        _check_metric(name, entry)
+    for task, run in (content["provenance"].get("tasks") or {}).items():
+        if not isinstance(run, dict):
+            raise ValueError(f"its provenance.tasks.{task} is {run!r}")
+
+
+def _check_metric(name: str, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"its metrics.{name} is {entry!r}")
+    _need(entry, METRIC, f"metrics.{name}.")
+    if entry["n"] < 1:
+        raise ValueError(f"its metrics.{name}.n is {entry['n']}")
+
+
+def _need(content: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    for key in kinds:
+        if key not in content:
+            raise ValueError(f"it lacks {where}{key}")
+    _may(content, kinds, where)
+
+
+def _may(content: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    for key in kinds.keys() & content.keys():
+        if not isinstance(content[key], kinds[key]):
+            raise ValueError(f"its {where}{key} is {content[key]!r}")
+
+
+def _numbers(content: Mapping[str, Any], key: str) -> None:
+    part = content.get(key, {})
+    _may(part, dict.fromkeys(part, (*NUMBER, NOTHING)), f"{key}.")
+
+
+def _finite(content: Mapping[str, Any], keys: Any, where: str) -> None:
+    for key in keys:
+        if not math.isfinite(content[key]):
+            raise ValueError(f"its {where}{key} is {content[key]}")

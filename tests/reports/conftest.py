@@ -1,0 +1,14 @@
+"""What the tests of reports share."""
+
+import pytest
+
+from reports.figures.files import SUFFIXES
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn in test_figures.py, and elsewhere by the command only: it takes seconds."""
+    names = "figures/{}.{}".format
+    monkeypatch.setattr(
+        "reports.render.render", lambda plots: {names(plot.name, suffix): "" for plot in plots for suffix in SUFFIXES}
+    )
