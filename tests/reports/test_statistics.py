@@ -32,11 +32,7 @@ def normal(count: int, mean: float = 0.0, seed: int = 0) -> Stratum:
 @example(0, 3000)
 def test_mcnemar_is_scipys_binomial_test(first: int, second: int) -> None:
     expected = stats.binomtest(first, first + second).pvalue if first + second else 1
-<<<<<<< ours
-    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-8, abs=1e-200)  # where scipy gives up
-=======
     assert mcnemar(first, second) == pytest.approx(expected, rel=1e-8, abs=1e-280)  # where scipy gives up
->>>>>>> theirs
 
 
 def test_mcnemar_of_millions() -> None:
