@@ -1,8 +1,8 @@
 """Who is best in a column of a table, and who is not significantly worse.
 
-Methods compete within one model and one asked ratio, fine-tuned ones among themselves. The dense model does not
-compete, nor what missed its budget. Each method is tested against the best on the documents that both saw, and the
-p-values of a table are corrected together.
+Methods compete within one model and one asked ratio (of one basis, in one data type), fine-tuned ones among themselves.
+The dense model does not compete, nor what missed its budget. Each method is tested against the best on the documents
+that both saw, and the p-values of a table are corrected together.
 """
 
 import math
@@ -126,10 +126,11 @@ def lower_is_better(names: Names) -> bool:
 @lru_cache(maxsize=8)  # a table and the list of its tests ask for the same
 def standings(results: tuple[Result, ...], columns: tuple[Names, ...]) -> Standings:
     """The races of a table over its columns, tested and corrected."""
-    groups: dict[tuple[str, float, bool], list[Result]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[Result]] = defaultdict(list)
     for result in results:
         if not result.dense and result.on_budget:
-            groups[result.model, result.ratio, result.fine_tuned].append(result)
+            cell = result.records[0].cell
+            groups[result.model, result.ratio, cell["ratio_basis"], cell["dtype"], result.fine_tuned].append(result)
     read = cache(samples)
     # Column by column, because the races of a column can share the draws of a bootstrap.
     drafts = [race for names in columns for group in groups.values() for race in _race(group, names)]

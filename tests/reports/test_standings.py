@@ -106,6 +106,14 @@ def test_perplexities_are_compared_as_ratios(found: list[Result]) -> None:
     assert row["Unit"] == "ratio"
 
 
+@pytest.mark.parametrize("other", [{"cell__ratio_basis": "block"}, {"cell__dtype": "bfloat16"}])
+def test_ratios_of_another_basis_and_other_data_types_do_not_compete(tmp_path: Path, other: dict[str, str]) -> None:
+    records = [made("sleb", 40), made("random", 20), made("slicegpt", 50, **other), made("shortgpt", 45, **other)]
+    cells = column(zero_shot_table(results(tmp_path, *records)), "arc_easy: acc_norm")
+    found = {method.partition(" ")[0]: standing(cell) for method, cell in cells.items()}
+    assert (found["sleb"], found["slicegpt"]) == ("best", "best")
+
+
 def test_off_budget_fine_tuned_and_other_ratios_do_not_compete(tmp_path: Path) -> None:
     off = made("wanda", 58, size__on_budget=False)
     tuned = [made(name, arc, cell__recover={"kind": "lora"}) for name, arc in (("shortgpt", 57), ("slicegpt", 20))]
