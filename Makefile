@@ -15,7 +15,7 @@ venv: $(READY)
 
 $(READY): pyproject.toml constraints.txt assets.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,finetune]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,finetune,notebooks]'
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement assets.txt
 	touch $@
 
