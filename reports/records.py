@@ -127,7 +127,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
         metrics={name: Metric(**_known(entry)) for name, entry in content["metrics"].items()} if measured else {},
         time=content.get("time", {}) if measured else {},
         memory=content.get("memory", {}) if measured else {},
-        provenance=content["provenance"] if measured else {},
+        provenance=content.get("provenance") or {},
         notes=tuple(map(str, content.get("notes", []))) if measured else (),
         skipped=content.get("skipped", {}),
         error=str(content.get("error") or _unmeasured(content)),

@@ -78,7 +78,7 @@ def build(records: Records, usd_per_hour: float | None = None) -> list[Table]:
     results = pool(records)
     built = [builder(results) for builder in BUILDERS]
     built += [cost_table(results, usd_per_hour)] if usd_per_hour else []
-    return [table for table in (*built, unfinished_table(records, results)) if table]
+    return [table for table in (*built, unfinished_table(records)) if table]
 
 
 def files(records: Records, usd_per_hour: float | None = None) -> dict[str, str | bytes]:

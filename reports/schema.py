@@ -43,7 +43,7 @@ def check(content: Mapping[str, Any]) -> bool:
     _need(content["cell"], CELL, "cell.")
     _may(content["cell"], {"recover": (dict, NOTHING)}, "cell.")
     _finite(content["cell"], ("ratio",), "cell.")
-    _may(content, {"skipped": dict}, "")
+    _may(content, {"skipped": dict, "provenance": (dict, NOTHING)}, "")
     measured = content["status"] == "done" or bool(content.get("size"))
     if measured:
         _check_measured(content)

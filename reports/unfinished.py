@@ -1,99 +1,125 @@
 """What is missing from a matrix of cells, why, and the command that fills it."""
 
-import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
+from reports.commands import Options, asked, command, folded, of_cell, without
 from reports.families import SEMI_STRUCTURED
 from reports.records import Record
-from reports.results import FINE_TUNED, Result, by_model
+from reports.results import FINE_TUNED
 from reports.tables import Cell, Column, Table, percent
 
 COLUMNS = (
     Column("Model", text=True),
     Column("Method", text=True),
-    Column("Asked, %"),
-    Column("Seed"),
+    Column("Asked, %", text=True),
+    Column("Seed", text=True),
     Column("Status", text=True),
     Column("Why", text=True),
     Column("Command", text=True),
 )
 
 
-def unfinished_table(records: Sequence[Record], results: Sequence[Result]) -> Table | None:
-    """Cells that failed, were skipped or never started, and skipped tasks; None where everything is done."""
-    rows = (*_not_done(records), *_skipped_tasks(records), *_missing(records, results))
+OTHERS = "others have it"
+NOBODY_ASKED = "others have it, but nobody asked for it; leave out a ratio that the method cannot reach"
+
+
+def unfinished_table(records: Sequence[Record]) -> Table | None:
+    """Cells that failed, were skipped or are missing, and tasks that only some have; None where there are none."""
+    rows = (*_not_done(records), *_skipped_tasks(records), *_missing(records), *_lacking_tasks(records))
     if not rows:
         return None
     return Table(
         name="unfinished",
         title="Failed, skipped and missing cells and tasks",
-        caption="What one of them measured before it failed is in the other tables. A cell is missing where its method "
-        "was measured at another ratio and its ratio with another method. To the command belongs the --out of these "
-        "results, and what else theirs had (such as --set); it keeps what is finished.",
+        caption="What one of them measured before it failed is in the other tables. The commands are those of the "
+        "records, or of their neighbours where a cell is missing, for these cells and tasks only; they keep what is "
+        "finished. Change --out where the records were moved since.",
         columns=COLUMNS,
         rows=rows,
     )
 
 
-def _not_done(records: Sequence[Record]) -> Iterator[tuple[Cell, ...]]:
+def _row(model: str, options: Options, status: str, why: str) -> tuple[Cell, ...]:
+    tuned = FINE_TUNED if "--recover" in options else ""
+    methods = "; ".join(method + tuned for method in options["--methods"])
+    ratios = "; ".join(f"{percent(float(ratio)):g}" for ratio in options["--ratios"])
+    texts = (model, methods, ratios, "; ".join(options["--seeds"]), status, why, command(options))
+    return tuple(map(Cell, texts))
+
+
+def _not_done(records: Iterable[Record]) -> Iterator[tuple[Cell, ...]]:
     for record in records:
         if record.status != "done":
-            cell = record.cell
-            head = (cell["model"], cell["method"] + FINE_TUNED * bool(cell.get("recover")), percent(cell["ratio"]))
-            why = record.error or "no reason recorded"
-            yield tuple(map(Cell, (*head, cell["seed"], record.status, why, _command([cell]))))
+            yield _row(record.cell["model"], of_cell(record), record.status, record.error or "no reason recorded")
 
 
-def _skipped_tasks(records: Sequence[Record]) -> Iterator[tuple[Cell, ...]]:
-    """One row per model and task, however many cells lack it."""
-    found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+def _skipped_tasks(records: Iterable[Record]) -> Iterator[tuple[Cell, ...]]:
+    skipped = ((record, task, why) for record in records for task, why in record.skipped.items())
+    return _tasks(skipped, "task skipped")
+
+
+def _lacking_tasks(records: Iterable[Record]) -> Iterator[tuple[Cell, ...]]:
+    """Tasks that other cells of the same matrix have."""
+    for matrix in _matrices(record for record in records if record.size):
+        every = dict.fromkeys(task for record in matrix for task in _measured(record))
+        lacking = ((r, task, OTHERS) for task in every for r in matrix if task not in (*_measured(r), *r.skipped))
+        yield from _tasks(lacking, "task missing")
+
+
+def _measured(record: Record) -> Iterable[str]:
+    return record.provenance.get("task_versions") or {}
+
+
+def _tasks(found: Iterable[tuple[Record, str, str]], status: str) -> Iterator[tuple[Cell, ...]]:
+    """One row per model, task, reason and command, however many cells it is for."""
+    groups: dict[tuple[str, str], list[Options]] = defaultdict(list)
+    for record, task, why in found:
+        typed = f"ppl:{task.removeprefix('ppl-')}" if task.startswith("ppl-") else task
+        groups[record.cell["model"], f"{task}: {why}"].append({**of_cell(record), "--tasks": [typed]})
+    for (model, why), cells in groups.items():
+        for options in folded(cells, "--ratios", "--seeds", "--methods"):
+            yield _row(model, options, status, why)
+
+
+def _missing(records: Sequence[Record]) -> Iterator[tuple[Cell, ...]]:
+    """Cells that a run was asked for and left no record of, and cells that would make a matrix whole."""
+    known = {_key(of_cell(record)) for record in records}
+    wanted = {_key(cell): cell for record in records for cell in asked(record)}
+    holes = {_key(cell): cell for matrix in _matrices(records) for cell in _holes(matrix)}
+    lost = [cell for key, cell in wanted.items() if key not in known]
+    never = [cell for key, cell in holes.items() if key not in {*known, *wanted}]
+    for options in folded(lost, "--ratios", "--seeds", "--methods"):
+        yield _row(options["--models"][0], options, "missing", "asked for, but never started")
+    for options in folded(never, "--ratios"):
+        yield _row(options["--models"][0], options, "missing", NOBODY_ASKED)
+
+
+def _key(cell: Options) -> tuple[Any, ...]:
+    """What tells one cell from another; a folder's model goes by the folder's name."""
+    (model,), (method,), (ratio,), (seed,) = (cell[name] for name in ("--models", "--methods", "--ratios", "--seeds"))
+    protocol = (tuple(sorted(cell.get(name, []))) for name in ("--recover", "--set", "--ratio-basis", "--budget"))
+    return Path(model).name, method, float(ratio), seed, *protocol
+
+
+def _matrices(records: Iterable[Record]) -> Iterable[list[Record]]:
+    """The records of each model and protocol."""
+    groups: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
-        for task, why in record.skipped.items():
-            found[record.cell["model"], task, str(why)].append(record.cell)
-    for (model, task, why), cells in found.items():
-        count = f"{len(cells)} cell{'s' if len(cells) > 1 else ''}"
-        row = (
-            model,
-            count,
-            None,
-            None,
-            "task skipped",
-            f"{task}: {why}",
-            f"{_command(cells)} --tasks {shlex.quote(task)}",
-        )
-        yield tuple(map(Cell, row))
+        groups[tuple(str(record.cell[key]) for key in ("model", "ratio_basis", "budget", "dtype"))].append(record)
+    return groups.values()
 
 
-def _missing(records: Sequence[Record], results: Sequence[Result]) -> Iterator[tuple[Cell, ...]]:
-    """One row per model and ratio at which some of its methods were never tried."""
-    tried = {(r.cell["model"], r.cell["method"], r.cell["ratio"]) for r in records}
-    for group in by_model(results):
-        model, cells = group[0].model, [result.records[0].cell for result in group]
-        made = [cell for cell in cells if cell["method"] not in ("dense", *SEMI_STRUCTURED)]
-        grid = {(1.0, "dense")} | {(a["ratio"], b["method"]) for a in made for b in made}
-        lacking: dict[float, list[str]] = defaultdict(list)
-        for ratio, method in sorted(grid):
-            if (model, method, ratio) not in tried:
-                lacking[ratio].append(method)
-        for ratio, methods in sorted(lacking.items(), reverse=True):
-            command = _command([{**cells[-1], "method": m, "ratio": ratio, "recover": None} for m in methods])
-            row = (model, "; ".join(methods), percent(ratio), None, "missing", "never started", command)
-            yield tuple(map(Cell, row))
-
-
-def _command(cells: Sequence[Mapping[str, Any]]) -> str:
-    """What runs these cells of one model, with the settings of the first."""
-    first = cells[0]
-    words = ["--models", first["model"], "--methods", *_once(cell["method"] for cell in cells)]
-    words += ["--ratios", *_once(f"{cell['ratio']:g}" for cell in cells)]
-    words += ["--ratio-basis", "block"] if first["ratio_basis"] == "block" else []
-    words += ["--budget", first["budget"]["name"]] if isinstance(first["budget"], Mapping) else []
-    words += ["--seeds", *seeds] if (seeds := _once(str(cell["seed"]) for cell in cells)) != ["0"] else []
-    words += ["--recover", str(first["recover"].get("kind"))] if first.get("recover") else []
-    return f"python run_all.py {shlex.join(words)}"
-
-
-def _once(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))
+def _holes(matrix: Sequence[Record]) -> Iterator[Options]:
+    """The dense model, and methods at ratios where only others were tried."""
+    if not any(record.cell["method"] == "dense" for record in matrix):
+        yield {**without(of_cell(matrix[0]), "--recover", "--set"), "--methods": ["dense"], "--ratios": ["1.0"]}
+    made = [r for r in matrix if r.cell["method"] not in ("dense", *SEMI_STRUCTURED) and not r.cell.get("recover")]
+    tried = {(record.cell["method"], record.cell["ratio"]) for record in made}
+    first = {record.cell["method"]: record for record in reversed(made)}
+    for ratio, (method, record) in product(sorted({ratio for _, ratio in tried}, reverse=True), first.items()):
+        if (method, ratio) not in tried:
+            yield {**of_cell(record), "--ratios": [str(ratio)], "--seeds": ["0"]}

@@ -12,7 +12,7 @@ the others        a family of figures each, listed in `FAMILIES`
 from collections.abc import Sequence
 
 from reports.figures import ablation, cost, experts, quality, speed, training, widths
-from reports.figures.plot import Family, Gap, Plot, Rows, command, file_name
+from reports.figures.plot import Family, Gap, Plot, Rows, file_name, remedy
 from reports.records import ReportError
 from reports.results import Result, by_model
 
@@ -132,7 +132,7 @@ def _made(family: Family, results: Sequence[Result]) -> Plot | Gap:
     except ReportError as error:
         content, why = None, str(error)
     if content is None:
-        return Gap(family.title, model, why, command(results, family.arguments))
+        return Gap(family.title, model, why, remedy(results, family.arguments))
     return Plot(
         name=file_name(family.name, model),
         title=f"{family.title}: {model}",

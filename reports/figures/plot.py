@@ -3,19 +3,20 @@
 import math
 import re
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from reports.commands import CELL, command, of_cell, once, parsed, without
 from reports.results import Result
 
 Row = Mapping[str, Any]
 """Texts, numbers, and None where there is no number."""
 Rows = Sequence[Row]
-NAMED = ("method", "ratio")
+ANY_RATIO = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +82,17 @@ def file_name(family: str, model: str) -> str:
     return family + "." + re.sub(r"[^A-Za-z0-9.-]", lambda char: f"_{ord(char[0]):x}_", model)
 
 
-def command(results: Sequence[Result], arguments: str) -> str:
-    """What to type to have `arguments` measured as the results of a model were, beside the records there are."""
-    cells = [record.cell for result in results for record in result.records]
-    made = [cell for cell in cells if cell["method"] != "dense"] or cells
-    given = {f"{key}s": " ".join(dict.fromkeys(shlex.quote(str(cell[key])) for cell in made)) for key in NAMED}
-    budget = made[0]["budget"]
-    preset = f" --budget {shlex.quote(str(budget['name']))}" if isinstance(budget, Mapping) and "name" in budget else ""
-    basis = f" --ratio-basis {made[0]['ratio_basis']}"
-    model = shlex.quote(results[0].model)
-    return f"python run_all.py --models {model} {arguments.format(**given)}{basis}{preset} --out DIR"
+def remedy(results: Sequence[Result], arguments: str) -> str:
+    """What to type to have `arguments` measured at the ratio that most of a model's results have, as they were."""
+    made = [result for result in results if not result.dense]
+    at = Counter(result.ratio for result in made).most_common(1)
+    there = [of_cell(result.records[0]) for result in made if result.ratio == at[0][0]]
+    first = {cell["--methods"][0]: cell for cell in reversed(there)}
+    asked = parsed(arguments.format(methods=shlex.join(sorted(first)), ratios=at[0][0] if at else ANY_RATIO))
+    settings = once(first[method].get("--set", []) for method in asked.get("--methods", []) if method in first)
+    protocol = without(there[0] if there else of_cell(results[0].records[0]), *CELL)
+    options = {"--models": [results[0].model], "--set": settings} | protocol | asked
+    return command({name: words for name, words in options.items() if words or name in protocol})
 
 
 def grouped(rows: Rows, *keys: str) -> dict[Any, list[Row]]:

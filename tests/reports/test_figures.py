@@ -55,6 +55,23 @@ def structure() -> dict[str, Any]:
     return {"layers": layers, "loads": {"calibration": [[0.25, 0.75]] * 2}}
 
 
+def test_a_dense_model_alone_gets_commands_for_others(tmp_path: Path) -> None:
+    _, gaps = shown(tmp_path, [factory.record()])
+    for gap in gaps:
+        arguments = cli.parser().parse_args(shlex.split(gap.command)[2:])
+        assert arguments.methods != ["dense"] and arguments.ratios == [0.8]
+
+
+def test_settings_of_a_command_go_with_their_methods(tmp_path: Path) -> None:
+    run = "python run_all.py --models tiny-llama --methods x y --ratios 0.6 --set x.a=1 y.b=2 --set x.c=3 --seeds 1"
+    records = [factory.record(method=method, ratio=0.6, provenance__command=run) for method in "xy"]
+    _, gaps = shown(tmp_path, [*records, factory.record(method="z", ratio=0.6)])
+    commands = {gap.title: gap.command for gap in gaps}
+    assert "--set x.a=1 x.c=3 y.b=2 " in commands["MMLU by size"]
+    assert "--set" not in commands["Training dynamics"] and "--methods tomoe" in commands["Training dynamics"]
+    assert "--seeds" not in commands["MMLU by size"]
+
+
 def test_what_was_measured_is_shown_and_the_rest_is_listed_with_a_command_that_parses(tmp_path: Path) -> None:
     plots, gaps = shown(tmp_path, factory.matrix())
     families = ("perplexity", "accuracy", "pareto", "throughput", "cost")
@@ -64,7 +81,7 @@ def test_what_was_measured_is_shown_and_the_rest_is_listed_with_a_command_that_p
         words = shlex.split(gap.command)
         arguments = cli.parser().parse_args(words[2:])
         assert words[:2] == ["python", "run_all.py"] and arguments.models == [gap.model]
-        assert arguments.budget == "demo" and set(arguments.ratios) == {0.8, 0.6}
+        assert arguments.budget == "demo" and arguments.ratios == [0.8]
 
 
 def test_points_are_the_measured_numbers_at_the_counted_ratio(tmp_path: Path) -> None:

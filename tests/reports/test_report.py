@@ -213,10 +213,11 @@ def test_a_skipped_task_is_one_row_however_many_cells_lack_it(tmp_path: Path) ->
     found = files(read_all(factory.write(tmp_path, [*records, factory.record(seed=2)])))
     (row,) = [line for line in found["unfinished.md"].splitlines() if "sciq@0shot" in line]
     assert [cell.strip() for cell in row.split("|")][2:-1] == [
-        "2 cells",
-        "-",
-        "-",
+        "dense",
+        "100",
+        "0; 1",
         "task skipped",
         "sciq@0shot: no data",
-        "python run_all.py --models tiny-llama --methods dense --ratios 1 --budget demo --seeds 0 1 --tasks sciq@0shot",
+        "python run_all.py --models tiny-llama --methods dense --ratios 1.0 --seeds 0 1 --budget demo "
+        "--tasks sciq@0shot",
     ]
