@@ -1,21 +1,23 @@
 """The zero-shot table, like the paper's Table 3, and its few-shot sibling: a row per model, ratio and method."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from reports.comparison import (
     IDENTITY,
     Measured,
     MetricName,
     identity,
+    in_vain,
     metric_names,
     plus_minus,
     pooled_cell,
     remarks,
+    tried,
     versions,
 )
 from reports.published import Line, average_of, beside, provenance
 from reports.records import Record
-from reports.results import Result
+from reports.results import Absent, Result, Results, by_model
 from reports.standings import Names, Standings, standings
 from reports.tables import LEGEND, Cell, Column, Table, legend
 
@@ -27,12 +29,12 @@ CAPTION = (
 )
 
 
-def zero_shot_table(results: Sequence[Result]) -> Table | None:
+def zero_shot_table(results: Results) -> Table | None:
     """Tasks without examples in the prompt; None where none was measured."""
     return _table(results, zero_shot(results), "zero-shot", "Zero-shot tasks")
 
 
-def few_shot_table(results: Sequence[Result]) -> Table | None:
+def few_shot_table(results: Results) -> Table | None:
     """Tasks with examples in the prompt; None where none was measured."""
     return _table(results, few_shot(results), "few-shot", "Few-shot tasks")
 
@@ -88,7 +90,7 @@ def _preferred(other: MetricName, name: MetricName) -> bool:
     return same_task and QUANTITIES.index(other.quantity) < QUANTITIES.index(name.quantity)
 
 
-def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: str, title: str) -> Table | None:
+def _table(results: Results, names: Sequence[MetricName], file_name: str, title: str) -> Table | None:
     measured = [result for result in results if any(result.metric(str(name)) for name in names)]
     if not measured:
         return None
@@ -96,12 +98,15 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
     standing = task_standings(results, names)
     metrics = published_names(names)
     published = beside(measured, metrics)
+    groups = by_model(measured)
+    absent = [one for one in results.absent if any(one.model == group[0].model for group in groups)]
     rows = tuple(
         row
-        for result in measured
+        for group in groups
+        for one in tried(group, absent)
         for row in (
-            (*identity(result), *_marked(result, tasks, names, standing)),
-            *published_rows(published, result, metrics),
+            (*identity(one), *_marked(one, tasks, names, standing)),
+            *published_rows(published, one, metrics),
         )
     )
     return Table(
@@ -115,6 +120,7 @@ def _table(results: Sequence[Result], names: Sequence[MetricName], file_name: st
             *(difference for task in tasks for difference in task.differences()),
             *standing.notes(),
             *remarks(measured),
+            *in_vain(absent),
             *provenance(published, metrics),
             *versions(measured, names),
             f"Documents: {'; '.join(f'{task.name} {task.count()}' for task in tasks)}.",
@@ -129,18 +135,20 @@ def published_names(names: Sequence[MetricName]) -> list[str]:
 
 
 def published_rows(
-    published: Mapping[Result, Sequence[Line]], result: Result, metrics: Sequence[str]
+    published: Mapping[Result, Sequence[Line]], result: Result | Absent, metrics: Sequence[str]
 ) -> Iterator[tuple[Cell, ...]]:
     """The published rows below a result's."""
-    for line in published.get(result, []):
+    for line in published.get(result, []) if isinstance(result, Result) else []:
         yield *line.identity(), *map(line.cell, metrics)
 
 
 def _marked(
-    result: Result, tasks: Sequence[Measured], names: Sequence[MetricName], standing: Standings
-) -> Iterator[Cell]:
-    for cell, column in zip(task_cells(result, tasks), _contested(names), strict=True):
-        yield standing.cell(cell, result, column)
+    result: Result | Absent, tasks: Sequence[Measured], names: Sequence[MetricName], standing: Standings
+) -> Iterable[Cell]:
+    if isinstance(result, Absent):
+        return [Cell(None)] * len(_contested(names))
+    cells = zip(task_cells(result, tasks), _contested(names), strict=True)
+    return [standing.cell(cell, result, column) for cell, column in cells]
 
 
 def task_columns(names: Sequence[MetricName]) -> tuple[Column, ...]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from reports.results import Pooled, Result, Settings, by_model, differing
+from reports.results import Absent, Pooled, Result, Settings, by_model, differing
 from reports.tables import CUT, OFF_BUDGET, UNLIKE, Cell, Column, number, percent
 
 SHOWN_DIFFERENCE = 0.005
@@ -138,10 +138,22 @@ def achieved_remark(result: Result) -> str:
 
 
 def remarks(results: Sequence[Result]) -> Iterator[str]:
-    """Sentences below a table on rows that are incomplete, or too unlike in size to be compared."""
+    """Sentences below a table on what its shares are of, and on rows that are incomplete or too unlike in size."""
+    yield from basis(results)
     if incomplete := [result.title for result in results if not result.complete]:
         yield f"Incomplete, see the failed and skipped cells: {'; '.join(incomplete)}."
     yield from uneven(results)
+
+
+def basis(results: Sequence[Result]) -> Iterator[str]:
+    """What the asked and counted shares are shares of."""
+    made = [result for result in results if not result.dense]
+    blocks = [result for result in made if result.records[0].cell["ratio_basis"] == "block"]
+    if blocks and len(blocks) == len(made):
+        yield "Shares are of the parameters of the blocks, without embeddings and output head."
+    elif made:
+        others = f"; of those of the blocks only for {'; '.join(result.title for result in blocks)}" if blocks else ""
+        yield f"Shares are of all parameters, embeddings and output head included{others}."
 
 
 def uneven(results: Sequence[Result]) -> Iterator[str]:
@@ -153,6 +165,21 @@ def uneven(results: Sequence[Result]) -> Iterator[str]:
                 sizes = ", ".join(f"{method} {number(100 * share)} %" for method, share in counted.items())
                 asked = f"Not of one size: on {group[0].model} at {percent(ratio):g} % asked, counted are {sizes}"
                 yield f"{asked}, so part of the difference between these methods is one of size."
+
+
+def tried(group: Sequence[Result], absent: Iterable[Absent]) -> list[Result | Absent]:
+    """The results of a model, and in their order what was tried there in vain."""
+    every: list[Result | Absent] = [*group, *(one for one in absent if one.model == group[0].model)]
+    return sorted(every, key=lambda one: (isinstance(one, Absent) or not one.dense, -one.ratio, one.method))
+
+
+def in_vain(absent: Iterable[Absent]) -> Iterator[str]:
+    """A sentence per reason for which nothing was measured."""
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for one in absent:
+        reasons[one.status, one.why].append(one.title)
+    for (status, why), titles in reasons.items():
+        yield f"{status.capitalize()}: {'; '.join(titles)}, because of this: {why}"
 
 
 def plus_minus(results: Sequence[Result]) -> str:
@@ -182,8 +209,11 @@ IDENTITY = (Column("Model", text=True), Column("Asked, %"), Column("Counted, %")
 """The first columns of every table with one result per row."""
 
 
-def identity(result: Result) -> tuple[Cell, ...]:
+def identity(result: Result | Absent) -> tuple[Cell, ...]:
     """What `IDENTITY` heads; the counted ratio is marked where it is off budget."""
+    if isinstance(result, Absent):
+        counted = Cell(None, remark=result.status)
+        return Cell(result.model), Cell(percent(result.ratio)), counted, Cell(result.method)
     counted = None if result.achieved is None else percent(result.achieved)
     marks = "" if result.on_budget else OFF_BUDGET
     return Cell(result.model), Cell(percent(result.ratio)), Cell(counted, marks=marks), Cell(result.method)

@@ -3,9 +3,20 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from reports.comparison import Measured, MetricName, achieved_remark, metric_names, parse, plus_minus, remarks, versions
+from reports.comparison import (
+    Measured,
+    MetricName,
+    achieved_remark,
+    in_vain,
+    metric_names,
+    parse,
+    plus_minus,
+    remarks,
+    tried,
+    versions,
+)
 from reports.published import Line, beside, provenance
-from reports.results import FINE_TUNED, Result, by_model
+from reports.results import FINE_TUNED, Absent, Result, Results, by_model
 from reports.standings import Standings, standings
 from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
 
@@ -18,7 +29,7 @@ CAPTION = (
 )
 
 
-def perplexity_table(results: Sequence[Result]) -> Table | None:
+def perplexity_table(results: Results) -> Table | None:
     """The table of every `token_ppl` metric, None where there is none. Windows are compared within a model."""
     names = texts(results)
     groups = by_model([result for result in results if any(result.metric(str(name)) for name in names)])
@@ -27,14 +38,15 @@ def perplexity_table(results: Sequence[Result]) -> Table | None:
     slots = _slots(names, groups)
     compared = [[Measured(str(name), group) for name in names] for group in groups]
     standing = perplexity_standings(results)
-    published = beside([result for group in groups for result in group], map(str, names))
+    measured = [result for group in groups for result in group]
+    published = beside(measured, map(str, names))
+    absent = [one for one in results.absent if any(one.model == group[0].model for group in groups)]
     rows = tuple(
         row
         for group, metrics in zip(groups, compared, strict=True)
-        for row in _rows(group, metrics, slots, standing, published)
+        for row in _rows(tried(group, absent), metrics, slots, standing, published)
     )
     flat = [metric for metrics in compared for metric in metrics]
-    measured = [result for group in groups for result in group]
     return Table(
         name="perplexity",
         title="Perplexity",
@@ -50,6 +62,7 @@ def perplexity_table(results: Sequence[Result]) -> Table | None:
             *(text for metric in flat for text in metric.differences()),
             *standing.notes(),
             *remarks(measured),
+            *in_vain(absent),
             *provenance(published, [str(name) for name in names]),
             *versions(measured, names),
             _windows(flat),
@@ -79,7 +92,7 @@ def _window(name: MetricName) -> int:
 
 
 def _rows(
-    group: Sequence[Result],
+    group: Sequence[Result | Absent],
     metrics: Sequence[Measured],
     slots: Sequence[Slot],
     standing: Standings,
@@ -87,11 +100,12 @@ def _rows(
 ) -> Iterator[tuple[Cell, ...]]:
     """One row per method of a model, and what is published of it below; `metrics` are the model's."""
     by_name = {metric.name: metric for metric in metrics}
-    found = {(result.method, result.ratio): result for result in group}
-    for method in _ordered(result.method for result in group):
+    found = {(one.method, one.ratio): one for one in group}
+    for method in _ordered(one.method for one in group):
         at = ((by_name[str(name)], found.get((method, ratio))) for name, ratio in slots)
-        yield Cell(group[0].model), Cell(method), *(_cell(metric, result, standing) for metric, result in at)
-        yield from _published([line for r in group if r.method == method for line in published.get(r, [])], slots)
+        yield Cell(group[0].model), Cell(method), *(_cell(metric, one, standing) for metric, one in at)
+        results = (one for one in group if isinstance(one, Result) and one.method == method)
+        yield from _published([line for result in results for line in published.get(result, [])], slots)
 
 
 def _published(lines: Sequence[Line], slots: Sequence[Slot]) -> Iterator[tuple[Cell, ...]]:
@@ -110,7 +124,9 @@ def _ordered(methods: Iterable[str]) -> list[str]:
     return sorted(met, key=lambda method: (plain.index(method.partition(FINE_TUNED)[0]), method))
 
 
-def _cell(metric: Measured, result: Result | None, standing: Standings) -> Cell:
+def _cell(metric: Measured, result: Result | Absent | None, standing: Standings) -> Cell:
+    if isinstance(result, Absent):
+        return Cell(None, remark=result.status)
     if result is None or result.metric(metric.name) is None:
         return Cell(None)
     cell = metric.cell(result)

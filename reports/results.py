@@ -47,7 +47,9 @@ class Result:
     dense: bool
     """Whether this is the uncompressed model."""
     records: tuple[Record, ...]
-    """One per seed."""
+    """One per seed that was measured."""
+    lost: tuple[Record, ...] = ()
+    """Those of seeds of which nothing was."""
 
     @property
     def fine_tuned(self) -> bool:
@@ -62,7 +64,7 @@ class Result:
     @property
     def complete(self) -> bool:
         """Whether every seed was finished."""
-        return all(record.status == "done" for record in self.records)
+        return all(record.status == "done" for record in (*self.records, *self.lost))
 
     @property
     def on_budget(self) -> bool:
@@ -92,17 +94,52 @@ class Result:
         return frozenset(_conditions(record, name) for record in self.records if name in record.metrics)
 
 
-def pool(records: Iterable[Record]) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class Absent:
+    """What was tried, and of which nothing was measured."""
+
+    model: str
+    """As in a `Result`."""
+    method: str
+    """As in a `Result`."""
+    ratio: float
+    """The asked share of active parameters."""
+    status: str
+    """`failed` or `skipped`."""
+    why: str
+    """The recorded reason."""
+
+    @property
+    def title(self) -> str:
+        """How a sentence names it."""
+        return f"{self.model} {self.method} at {percent(self.ratio):g} %"
+
+
+class Results(list[Result]):
+    """Results, and what they lack."""
+
+    def __init__(self, results: Iterable[Result], absent: Iterable[Absent] = ()) -> None:
+        super().__init__(results)
+        self.absent = tuple(absent)
+        """In the order of results."""
+
+
+def pool(records: Iterable[Record]) -> Results:
     """The measured records as results: smaller models first, dense before compressed, then by falling ratio; what was
     fine-tuned right below what was not."""
-    kept = [record for record in records if record.size]
-    blocks = {record.cell["model"]: record.size["active_block"] for record in kept if record.cell["method"] == "dense"}
+    kept = list(records)
+    dense = [record for record in kept if record.size and record.cell["method"] == "dense"]
+    blocks = {record.cell["model"]: record.size["active_block"] for record in dense}
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in kept:
         groups[(*(record.cell[key] for key in ("model", "method", "ratio")), settings_of(record))].append(record)
     variants = _variants(groups)
-    results = [_result(key, group, variants, blocks) for key, group in groups.items()]
-    return sorted(results, key=lambda result: (*_model_order(result), not result.dense, -result.ratio, result.method))
+    results = [_result(key, group, variants, blocks) for key, group in groups.items() if any(r.size for r in group)]
+    absent = [_absent(key, group, variants) for key, group in groups.items() if not any(r.size for r in group)]
+    return Results(
+        sorted(results, key=lambda result: (*_model_order(result), not result.dense, -result.ratio, result.method)),
+        sorted(absent, key=lambda one: (one.model, -one.ratio, one.method)),
+    )
 
 
 def mean(values: Sequence[float]) -> float:
@@ -136,15 +173,23 @@ def _result(
     key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]], blocks: Mapping[str, int]
 ) -> Result:
     model, method, ratio, settings = key
-    achieved = [_achieved(record, blocks) for record in group]
+    measured = [record for record in group if record.size]
+    achieved = [_achieved(record, blocks) for record in measured]
     return Result(
         model=model,
         method=_title(method, settings, variants[model, method], _tokens(group)),
         ratio=ratio,
         achieved=None if None in achieved else statistics.fmean(share for share in achieved if share is not None),
         dense=method == "dense",
-        records=tuple(group),
+        records=tuple(measured),
+        lost=tuple(record for record in group if not record.size),
     )
+
+
+def _absent(key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]]) -> Absent:
+    model, method, ratio, settings = key
+    title = _title(method, settings, variants[model, method], [])
+    return Absent(model=model, method=title, ratio=ratio, status=group[0].status, why=group[0].error)
 
 
 def _model_order(result: Result) -> tuple[float, str]:

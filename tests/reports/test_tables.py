@@ -15,7 +15,7 @@ from reports.comparison import Measured
 from reports.cost import size_table
 from reports.perplexity import perplexity_table
 from reports.records import read_all
-from reports.results import Result, pool
+from reports.results import Results, pool
 from reports.speed import speed_table
 from reports.summary import cautions, facts
 from reports.tables import Table, number
@@ -24,7 +24,7 @@ from tests.reports import factory
 BASE = {"method": "slicegpt", "ratio": 0.6}
 
 
-def results(tmp_path: Path, *records: dict[str, Any]) -> list[Result]:
+def results(tmp_path: Path, *records: dict[str, Any]) -> Results:
     """The records, or the matrix of the factory, as results."""
     return pool(read_all(factory.write(tmp_path, list(records) or factory.matrix())))
 
@@ -71,7 +71,7 @@ def test_perplexity_has_a_row_per_method_and_a_column_per_text_and_ratio(tmp_pat
     shown = lookup(table)
     assert shown["tiny-llama", "dense", "wikileads @512: 100 %"] == "18.30 ± 0.61"
     assert shown["tiny-llama", "slicegpt", "wikileads @512: 80 %"] == "27.08 ± 0.90"
-    assert shown["tiny-llama", "slicegpt", "wikileads @512: 60 %"] == "-"
+    assert shown["tiny-llama", "slicegpt", "wikileads @512: 60 %"] == "- (failed)"
     assert shown["tiny-llama", "shortgpt", "wikileads @512: 60 %"] == "73.9 ± 2.5 (at 64.12 %)†"
     assert shown["smollm2-135m-q4", "shortgpt", "moby-dick @512: 60 %"] == "300.2 ± 8.9"
     assert table is not None and any(note.startswith("† off budget") for note in table.notes)
@@ -217,7 +217,7 @@ def test_finished_metrics_of_a_failed_cell_are_shown_and_called_incomplete(tmp_p
         assert "Incomplete, see the failed and skipped cells: tiny-llama slicegpt at 60 %." in table.notes
     shown = lookup(perplexity_table(found))
     assert shown["tiny-llama", "slicegpt", "wikileads @512: 60 %"] == "30.00 ± 0.01"
-    assert all("shortgpt" not in key for key in shown)
+    assert shown["tiny-llama", "shortgpt", "wikileads @512: 60 %"] == "- (failed)"
 
 
 def test_what_plus_minus_means_is_said_as_it_applies(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_speed_within_its_error_is_not_called_faster(tmp_path: Path) -> None:
     }
     table = speed_table(results(tmp_path, factory.record(**BASE, metrics=metrics)))
     assert table is not None
-    assert "not measurably faster than dense in decode at batch 1 (1.03 ± 0.02 of its speed)." in table.notes[0]
+    assert "not measurably faster than dense in decode at batch 1 (1.03 ± 0.02 of its speed)." in table.notes[1]
 
 
 def test_size_shows_counts_and_bytes(tmp_path: Path) -> None:
@@ -328,7 +328,9 @@ def test_size_says_in_words_what_is_not_smaller(tmp_path: Path) -> None:
     big = factory.record(**BASE, size__stored_bytes=20_000_000)
     table = size_table(results(tmp_path, factory.record(), big))
     assert table is not None
-    assert table.notes == ("tiny-llama slicegpt at 60 % is not smaller on disk than dense: 20.00 against 11.49 MB.",)
+    assert table.notes[1:] == (
+        "tiny-llama slicegpt at 60 % is not smaller on disk than dense: 20.00 against 11.49 MB.",
+    )
 
 
 def test_unequal_settings_of_methods_are_pointed_out(tmp_path: Path) -> None:
@@ -358,3 +360,55 @@ def test_tasks_measured_at_another_commit_are_named_in_the_head(tmp_path: Path) 
         "Measured at several commits, so numbers may differ because the program does. "
         "4f2a9c1 with uncommitted changes: whole cells; 77aa: arc_easy@0shot, speed."
     )
+
+
+def test_what_was_tried_in_vain_has_a_row_and_its_reason(tmp_path: Path) -> None:
+    failed = [factory.failed("tiny-llama", "slicegpt", ratio, "no memory") for ratio in (0.8, 0.6)]
+    skipped = factory.failed("tiny-llama", "sleb", 0.6, "no data", status="skipped")
+    found = results(tmp_path, factory.record(), factory.record(method="shortgpt", ratio=0.6), *failed, skipped)
+    for table in (perplexity_table(found), zero_shot_table(found)):
+        assert table is not None
+        titles = "tiny-llama slicegpt at 80 %; tiny-llama slicegpt at 60 %"
+        assert f"Failed: {titles}, because of this: no memory" in table.notes
+        assert "Skipped: tiny-llama sleb at 60 %, because of this: no data" in table.notes
+    table = zero_shot_table(found)
+    rows = [[str(cell) for cell in row] for row in table.rows] if table else []
+    assert [row[1:4] for row in rows] == [
+        ["100", "100", "dense"],
+        ["80", "- (failed)", "slicegpt"],
+        ["60", "59.79", "shortgpt"],
+        ["60", "- (skipped)", "sleb"],
+        ["60", "- (failed)", "slicegpt"],
+    ]
+
+
+def test_a_seed_that_was_lost_makes_a_result_incomplete(tmp_path: Path) -> None:
+    lost = factory.failed("tiny-llama", "slicegpt", 0.6, "boom")
+    lost["cell"] |= {"seed": 1, "id": "lost"}
+    found = results(tmp_path, factory.record(), factory.record(**BASE), lost)
+    table = perplexity_table(found)
+    assert table and "Incomplete, see the failed and skipped cells: tiny-llama slicegpt at 60 %." in table.notes
+    assert found.absent == () and [len(result.records) for result in found] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("bases", "said"),
+    [
+        ("tt", "Shares are of all parameters, embeddings and output head included."),
+        ("bb", "Shares are of the parameters of the blocks, without embeddings and output head."),
+        (
+            "tb",
+            "Shares are of all parameters, embeddings and output head included; of those of the blocks only for "
+            "tiny-llama sleb at 60 %.",
+        ),
+    ],
+)
+def test_tables_say_what_their_shares_are_of(tmp_path: Path, bases: str, said: str) -> None:
+    names = {"t": "total", "b": "block"}
+    made = [
+        factory.record(method=method, ratio=0.6, cell__ratio_basis=names[basis])
+        for method, basis in zip(("shortgpt", "sleb"), bases, strict=True)
+    ]
+    found = results(tmp_path, factory.record(), *made)
+    for table in (perplexity_table(found), zero_shot_table(found), size_table(found)):
+        assert table and said in table.notes
