@@ -8,6 +8,7 @@
     python -m benchmarks.selfcheck evaluator         # scoring tasks beside stock lm-eval
     python -m benchmarks.selfcheck speed --times 5   # how much the figures of the speed task differ from time to time
     python -m benchmarks.selfcheck training          # a ToMoE training step beside a plain forward pass
+    python -m benchmarks.selfcheck report --times 10 # a report of the committed records, and of so many copies of them
     python -m benchmarks.selfcheck kill --times 20   # SIGKILL a running matrix at random moments, compare the records
 
 Times are medians of interleaved repeats of one run, so that a busy machine slows everything alike.
@@ -151,6 +152,13 @@ def training(repeats: int) -> None:
     training_cost.report(repeats)
 
 
+def report(copies: int) -> None:
+    """How long a report takes, of few records and of many."""
+    from benchmarks import report_speed
+
+    report_speed.report(copies)
+
+
 def kill(times: int, seed: int = 0) -> None:
     """Kill a run `times` times, let it finish, and compare its records with those of an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -224,6 +232,7 @@ CHECKS: dict[str, tuple[Callable[[int], None], int]] = {
     "evaluator": (evaluator, 3),
     "speed": (speed, 5),
     "training": (training, 5),
+    "report": (report, 10),
     "kill": (kill, 20),
 }
 """By name: what to run, and how many times."""

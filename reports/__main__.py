@@ -17,6 +17,7 @@ from pathlib import Path
 from reports import coloured, compare
 from reports.records import Records, ReportError, read_all
 from reports.render import TABLES, build, files, is_ours
+from reports.results import pool
 from reports.terminal import terminal
 from reports.write import write
 
@@ -78,7 +79,7 @@ def show(records: Records, names: Sequence[str], usd_per_hour: float | None) -> 
     Raises:
         ReportError: the records do not fill one of them.
     """
-    tables = {table.name: table for table in build(records, usd_per_hour)}
+    tables = {table.name: table for table in build(records, pool(records), usd_per_hour)}
     for problem in records.problems:
         print(problem, file=sys.stderr)
     if empty := [name for name in names if name not in tables]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from jinja2.runtime import LoopContext
@@ -49,6 +50,7 @@ LATEX = {
 COMMANDS = str.maketrans(LATEX)
 
 
+@lru_cache(maxsize=2**16)  # pages begin with the same header, panels with the same columns
 def escape_latex(text: str) -> Markup:
     """`text` as LaTeX sets it; a character it has no glyph for is named, as in [U+6A21]."""
     escaped = plain(text).translate(COMMANDS)

@@ -1,6 +1,7 @@
 """Makes the content of every file of the report: `report.md`, every table in every format, the figures in a folder of
 their own, and the web page."""
 
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 
 from markupsafe import Markup
@@ -10,13 +11,13 @@ from reports.comparison import plus_minus
 from reports.compression import compression_table
 from reports.cost import cost_table, size_table
 from reports.families import constructions_table, semi_structured_table
-from reports.figures import FAMILIES, figures
-from reports.figures.files import FOLDER, SUFFIXES, render
+from reports.figures import FAMILIES, Gap, Plot, figures
+from reports.figures.files import FOLDER, SUFFIXES, drawing
 from reports.formats import FORMATS, MARKDOWN
 from reports.modules import modules_table, published_modules_table
 from reports.perplexity import perplexity_table
 from reports.records import MAKE_ONE, Records
-from reports.results import pool
+from reports.results import Results, pool
 from reports.significance import intervals_table, significance_table
 from reports.speed import latency_table, speed_table, work_table
 from reports.summary import cautions, facts
@@ -69,13 +70,13 @@ TABLES = (
 """The name of every table there can be."""
 
 
-def build(records: Records, usd_per_hour: float | None = None) -> list[Table]:
+def build(records: Records, results: Results, usd_per_hour: float | None = None) -> list[Table]:
     """Every table that the records fill, in the order of the report.
 
     Args:
+        results: the records, pooled; who asks for several things passes the same, and they are tested once.
         usd_per_hour: what the device costs; None: nothing is said of money.
     """
-    results = pool(records)
     built = [builder(results) for builder in BUILDERS]
     built += [cost_table(results, usd_per_hour)] if usd_per_hour else []
     return [table for table in (*built, unfinished_table(records)) if table]
@@ -84,17 +85,30 @@ def build(records: Records, usd_per_hour: float | None = None) -> list[Table]:
 def files(records: Records, usd_per_hour: float | None = None) -> dict[str, str | bytes]:
     """The content of every file of the report, by name; `usd_per_hour` as for `build`."""
     results = pool(records)
-    tables, (plots, gaps) = build(records, usd_per_hour), figures(results)
-    contents: dict[str, str | bytes] = {
-        f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()
-    }
-    report = MARKDOWN.get_template("report.md").render(
+    plots, gaps = figures(results)
+    with drawing(plots) as drawn:
+        tables = build(records, results, usd_per_hour)
+        rendered = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
+        report = _report(records, results, tables, rendered, plots, gaps)
+        contents = rendered | drawn()
+    return {"report.md": report, "index.html": page(records, results, plots, contents)} | contents
+
+
+def _report(
+    records: Records,
+    results: Results,
+    tables: Sequence[Table],
+    rendered: Mapping[str, str],
+    plots: Sequence[Plot],
+    gaps: Sequence[Gap],
+) -> str:
+    return MARKDOWN.get_template("report.md").render(
         problems=records.problems,
         make_one="" if any(record.status == "done" for record in records) else MAKE_ONE.format("results"),
         unfinished=any(table.name == "unfinished" for table in tables),
         facts=facts(results),
         cautions=list(cautions(results)),
-        tables=[(table, Markup(contents[f"{table.name}.md"])) for table in tables],
+        tables=[(table, Markup(rendered[f"{table.name}.md"])) for table in tables],
         formats=list(FORMATS),
         plots=plots,
         gaps=gaps,
@@ -107,8 +121,6 @@ def files(records: Records, usd_per_hour: float | None = None) -> dict[str, str 
         fine_tuned=any(result.fine_tuned for result in results),
         done=sum(record.status == "done" for record in records),
     )
-    contents |= render(plots)
-    return {"report.md": report, "index.html": page(records, plots, contents)} | contents
 
 
 def is_ours(name: str) -> bool:

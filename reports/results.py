@@ -9,6 +9,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from reports.records import Metric, Record
@@ -77,13 +78,7 @@ class Result:
 
     def average(self, names: Sequence[str]) -> Pooled | None:
         """The mean of the metrics, taken per seed, over the seeds that have all of them; None where none has."""
-        has_all = (record for record in self.records if set(names) <= set(record.metrics))
-        whole = [[record.metrics[name] for name in names] for record in has_all]
-        if not whole:
-            return None
-        values = [mean([metric.value for metric in metrics]) for metrics in whole]
-        error = _mean_stderr(whole[0]) if len(whole) == 1 else _spread(values)
-        return Pooled(mean(values), error, len(whole))
+        return _average(self, tuple(names))
 
     def size(self, key: str) -> float:
         """A count of the record's `size`, the mean over seeds."""
@@ -92,6 +87,17 @@ class Result:
     def conditions(self, name: str) -> frozenset[Settings]:
         """What the metric was measured on: documents or windows, task and data versions. Several if seeds differ."""
         return frozenset(_conditions(record, name) for record in self.records if name in record.metrics)
+
+
+@lru_cache(maxsize=2**16)  # tables, tests, figures and the page ask for the same
+def _average(result: Result, names: tuple[str, ...]) -> Pooled | None:
+    has_all = (record for record in result.records if set(names) <= set(record.metrics))
+    whole = [[record.metrics[name] for name in names] for record in has_all]
+    if not whole:
+        return None
+    values = [mean([metric.value for metric in metrics]) for metrics in whole]
+    error = _mean_stderr(whole[0]) if len(whole) == 1 else _spread(values)
+    return Pooled(mean(values), error, len(whole))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ FEW = 10
 """Resamples as extreme as what was observed that are too few to be counted."""
 SMALLEST = 1e-9
 """The tail is not trusted beyond."""
+ALONE = 64
+"""Up to so many documents are drawn one by one: comparisons can then share their draws, which is what takes time."""
 BLOCK = 2**19
 """Most numbers drawn at a time, so that memory does not grow with the number of documents."""
 
@@ -114,26 +116,25 @@ def _without_spread(value: float, count: int) -> Estimate:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Documents of a stratum that are alike, K kinds: a few where scores are right or wrong, else about as many as
-    documents."""
+    """Documents of a stratum that are alike, K kinds: few where many are right or wrong, else as many as documents."""
 
     counts: Numbers
     """[K], documents of a kind."""
     terms: Numbers
     """[5, K], what `_moments` sums for each: w, w d, w^2, w^2 d and w^2 d^2 of the deviation d from the mean."""
-
-    @property
-    def without_spread(self) -> float:
-        """The chance that all documents of a resample are of one kind."""
-        total = self.counts.sum()
-        return float(((self.counts / total) ** total).sum())
+    without_spread: float
+    """The chance that all documents of a resample are alike."""
 
     @classmethod
     def of(cls, stratum: Stratum, mean: float) -> "_Groups":
         # As complex numbers because NumPy finds equal numbers ten times faster than equal rows.
-        kinds, counts = np.unique(stratum.differences - mean + 1j * stratum.weights, return_counts=True)
+        every = stratum.differences - mean + 1j * stratum.weights
+        kinds, counts = np.unique(every, return_counts=True)
+        alike = float(((counts / len(every)) ** len(every)).sum())
+        if len(every) <= ALONE:
+            kinds, counts = every, np.ones(len(every))
         d, w = kinds.real, kinds.imag
-        return cls(counts.astype(float), np.stack([w, w * d, w**2, w**2 * d, w**2 * d**2]))
+        return cls(counts.astype(float), np.stack([w, w * d, w**2, w**2 * d, w**2 * d**2]), alike)
 
 
 def _moments(sums: NDArray[np.floating]) -> tuple[Numbers, Numbers]:
@@ -158,7 +159,7 @@ def _deviations(groups: Sequence[_Groups], resamples: int, seed: int) -> Numbers
     return np.divide(np.abs(mean), np.sqrt(variance), out=np.full(resamples, np.inf), where=spread)
 
 
-@lru_cache(maxsize=32)  # the pairs of a table mostly share their number of windows, and drawing is what takes time
+@lru_cache(maxsize=32)  # the pairs of a table mostly share their number of windows or documents
 def _draws(counts: tuple[int, ...], resamples: int, seed: tuple[int, ...]) -> NDArray[np.float32]:
     """[K, resamples] how often each kind of document is drawn when all are drawn with replacement."""
     total = sum(counts)

@@ -1,7 +1,8 @@
 """The figures of a report: each as SVG, PDF and PNG, with the data that it shows as CSV beside it.
 
 plots, gaps = figures(pool(read_all(Path("results"))))
-contents = files.render(plots)
+with files.drawing(plots) as drawn:
+    contents = drawn()
 
 plot, files       what a figure is; its files
 style             looks: `report.mplstyle`, a colour and marker per method, legends

@@ -5,8 +5,9 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,25 +23,26 @@ WORTH_A_PROCESS = 8
 SUFFIXES = ("svg", "pdf", "png", "csv")
 
 
-def render(plots: Sequence[Plot]) -> dict[str, str | bytes]:
-    """The content of every file, by its name below the report.
+@contextmanager
+def drawing(plots: Sequence[Plot]) -> Iterator[Callable[[], dict[str, str | bytes]]]:
+    """What gives the content of every file, by its name below the report.
 
-    Many are drawn in several processes, each of which takes a second to start.
+    Many are drawn in several processes, each of which takes a second to start, beside what is done within the context.
     """
     workers = min(os.cpu_count() or 1, len(plots) // WORTH_A_PROCESS)
     if workers < 2:
-        return _drawn(plots)
+        yield lambda: _gathered(map(_drawn, plots))
+        return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        parts = pool.map(_drawn, [plots[start::workers] for start in range(workers)])
-        found = {name: content for part in parts for name, content in part.items()}
-    return found
+        parts = pool.map(_drawn, plots)
+        yield lambda: _gathered(parts)
 
 
-def _drawn(plots: Sequence[Plot]) -> dict[str, str | bytes]:
-    return {f"{FOLDER}/{plot.name}.{suffix}": content for plot in plots for suffix, content in _files(plot).items()}
+def _gathered(parts: Iterable[Mapping[str, str | bytes]]) -> dict[str, str | bytes]:
+    return {f"{FOLDER}/{name}": content for part in parts for name, content in part.items()}
 
 
-def _files(plot: Plot) -> dict[str, str | bytes]:
+def _drawn(plot: Plot) -> dict[str, str | bytes]:
     with styled(), warnings.catch_warnings():
         # Names may hold characters that the font lacks; they are shown as boxes.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
@@ -48,7 +50,8 @@ def _files(plot: Plot) -> dict[str, str | bytes]:
         _lay_out(figure)
         # PNG first: the others set the figure to 72 dots per inch.
         pictures = {"png": _png(figure), "svg": _svg(figure), "pdf": _pdf(figure)}
-    return pictures | {"csv": comma_separated(plot.rows)}
+    contents = pictures | {"csv": comma_separated(plot.rows)}
+    return {f"{plot.name}.{suffix}": content for suffix, content in contents.items()}
 
 
 def _lay_out(figure: Figure) -> None:

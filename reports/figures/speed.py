@@ -118,8 +118,8 @@ def front(points: Sequence[tuple[float, float]], lower: bool) -> set[int]:
 def draw_pareto(rows: Rows) -> Figure:
     """One panel."""
     figure, (panel,) = panels(1, 2.4, method_legend_height(rows))
-    for row in rows:
-        curve(panel, [row], "speed", "quality", "")
+    for points in grouped(rows, "method", "fine_tuned").values():
+        curve(panel, points, "speed", "quality", "")
     best = sorted((row for row in rows if row["front"]), key=lambda row: row["speed"])
     panel.plot(column(best, "speed"), column(best, "quality"), color="#888888", linewidth=0.8, zorder=1)
     for row in best:

@@ -1,6 +1,6 @@
 """The report as one web page, `index.html`, that needs nothing beside it and no network.
 
-html = page(records, plots, files)
+html = page(records, results, plots, files)
 
 board      the leaderboard: the tables' numbers and marks, a row per result
 details    where each row's numbers come from
@@ -19,7 +19,7 @@ from markupsafe import Markup
 from reports.coloured import COLOURS, INKS, PART, visible
 from reports.figures import Plot
 from reports.records import Records
-from reports.results import pool
+from reports.results import Results
 from reports.summary import cautions, facts
 from reports.web.board import FIXED, board
 from reports.web.details import details
@@ -32,14 +32,14 @@ PAGE = Environment(
 )
 
 
-def page(records: Records, plots: Sequence[Plot], files: Mapping[str, str | bytes]) -> str:
+def page(records: Records, results: Results, plots: Sequence[Plot], files: Mapping[str, str | bytes]) -> str:
     """The whole page.
 
     Args:
+        results: the records, pooled.
         plots: the figures to show.
         files: those of the report, by name, with the figures as they were drawn.
     """
-    results = pool(records)
     leaders, script = board(results, records), (HERE / "page.js").read_text(encoding="utf-8")
     texts = coloured(results)
     return PAGE.get_template("page.html").render(

@@ -1,5 +1,7 @@
 """What the tests of reports share."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from reports.figures.files import SUFFIXES
@@ -10,5 +12,6 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn in test_figures.py, and elsewhere by the command only: it takes seconds."""
     names = "figures/{}.{}".format
     monkeypatch.setattr(
-        "reports.render.render", lambda plots: {names(plot.name, suffix): "" for plot in plots for suffix in SUFFIXES}
+        "reports.render.drawing",
+        lambda plots: nullcontext(lambda: {names(plot.name, suffix): "" for plot in plots for suffix in SUFFIXES}),
     )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks import cli
 from reports.figures import FAMILIES, Gap, Plot, ablation, figures, training
-from reports.figures.files import SUFFIXES, render
+from reports.figures.files import SUFFIXES, drawing
 from reports.figures.plot import file_name
 from reports.figures.select import busiest, main, spread
 from reports.figures.speed import front
@@ -34,6 +34,12 @@ def shown(tmp_path: Path, records: list[dict[str, Any]]) -> tuple[dict[str, Plot
     """Plots by name, and gaps."""
     plots, gaps = figures(pool(read_all(factory.write(tmp_path, records))))
     return {plot.name: plot for plot in plots}, gaps
+
+
+def drawn(plots: list[Plot]) -> dict[str, str | bytes]:
+    """Their files."""
+    with drawing(plots) as contents:
+        return contents()
 
 
 def tomoe(tmp_path: Path) -> Path:
@@ -110,7 +116,7 @@ def test_what_lies_beside_tomoes_records_is_read_and_drawn(tmp_path: Path) -> No
     assert [row["cosine"] for row in rows["similarity"][:4]] == [1, 0.25, 0.25, 1]
     assert len(rows["training"]) == 2 * 134 and first["training"]["kd"] == pytest.approx(0.1)
     assert {"training.tiny-llama", "loads.tiny-llama"} <= {plot.name for plot in plots}
-    assert len(render([plot for plot in plots if plot.name.startswith(("train", "wid", "exp", "sim", "loa"))])) == 20
+    assert len(drawn([plot for plot in plots if plot.name.startswith(("train", "wid", "exp", "sim", "loa"))])) == 20
 
 
 @pytest.mark.parametrize("name", ["structure.json", "training.csv"])
@@ -125,8 +131,8 @@ def test_damaged_file_is_a_gap_that_names_it_and_the_rest_is_drawn(tmp_path: Pat
 def test_files_are_the_same_every_time_and_hold_what_they_should(tmp_path: Path) -> None:
     plots, _ = shown(tmp_path, [factory.record(), factory.record(method=ODD, ratio=0.8)])
     plots = list(plots.values())[:3]
-    found = render(plots)
-    assert found == render(plots)
+    found = drawn(plots)
+    assert found == drawn(plots)
     assert set(found) == {f"figures/{plot.name}.{suffix}" for plot in plots for suffix in SUFFIXES}
     name = f"figures/{plots[0].name}"
     assert "".join(ElementTree.fromstring(found[f"{name}.svg"]).itertext()).count(ODD) == 1

@@ -168,7 +168,8 @@ def test_csv_keeps_every_digit(value: float, error: float) -> None:
 @pytest.fixture(scope="module")
 def every() -> list[Table]:
     """All tables of the committed records."""
-    return build(read_all(RESULTS), usd_per_hour=2.5)
+    records = read_all(RESULTS)
+    return build(records, pool(records), usd_per_hour=2.5)
 
 
 @pytest.fixture

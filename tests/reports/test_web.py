@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from reports.figures import Plot
 from reports.records import Records, read_all
 from reports.render import files
+from reports.results import pool
 from reports.web import page
 from tests.reports import factory, routed
 
@@ -27,7 +28,8 @@ def plot(name: str) -> Plot:
 
 def _tree(tmp_path: Path, records: list[dict[str, Any]], pictures: dict[str, str | bytes] | None = None) -> Any:
     names = dict.fromkeys(name.removeprefix("figures/").partition(".")[0] for name in pictures or {})
-    return html.fromstring(page(read_all(factory.write(tmp_path, records)), [*map(plot, names)], pictures or {}))
+    found = read_all(factory.write(tmp_path, records))
+    return html.fromstring(page(found, pool(found), [*map(plot, names)], pictures or {}))
 
 
 def _rows(tree: Any) -> list[list[str]]:
@@ -112,7 +114,8 @@ def _routed(tmp_path: Path, **damage: Any) -> Any:
     for path in tmp_path.rglob("record.json"):
         if (ratio := json.loads(path.read_text())["cell"]["ratio"]) < 1:
             routed.write(path, routed.routes(experts=4 if ratio == 0.7 else 12) | damage)
-    return html.fromstring(page(read_all(tmp_path), [], {}))
+    found = read_all(tmp_path)
+    return html.fromstring(page(found, pool(found), [], {}))
 
 
 def test_texts_show_the_smallest_ratio_with_every_token_in_its_colour(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_damaged_texts_are_said_to_be(tmp_path: Path) -> None:
 
 def test_twice_the_same(tmp_path: Path) -> None:
     records = read_all(factory.write(tmp_path, factory.matrix()))
-    assert page(records, [], {}) == page(records, [], {})
+    assert page(records, pool(records), [], {}) == page(records, pool(records), [], {})
 
 
 @pytest.mark.parametrize("records", [[factory.failed("tiny-llama", "tomoe", 0.5, "no memory", "skipped")]])
@@ -142,7 +145,7 @@ def test_a_run_without_numbers_has_a_page(tmp_path: Path, records: list[dict[str
 
 
 def test_the_script_uses_as_many_looks_as_the_page(tmp_path: Path) -> None:
-    assert len(set(re.findall(r"^\.e\d", page(Records([]), [], {}), re.MULTILINE))) == 8
+    assert len(set(re.findall(r"^\.e\d", page(Records([]), pool([]), [], {}), re.MULTILINE))) == 8
 
 
 def test_problems_stand_at_the_top(tmp_path: Path) -> None:

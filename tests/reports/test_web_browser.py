@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from reports.records import read_all
+from reports.results import pool
 from reports.web import page
 from tests.reports import factory, routed
 from tests.reports.test_web import EVIL, plot
@@ -28,10 +29,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     for path in folder.rglob("record.json"):
         if json.loads(path.read_text())["cell"]["method"] == "tomoe":
             routed.write(path, routed.routes())
-    made = folder / "index.html"
-    made.write_text(
-        page(read_all(folder), [plot("a")], {"figures/a.svg": FIGURE, "figures/a.png": FIGURE + " "}), encoding="utf-8"
-    )
+    made, records = folder / "index.html", read_all(folder)
+    drawn = {"figures/a.svg": FIGURE, "figures/a.png": FIGURE + " "}
+    made.write_text(page(records, pool(records), [plot("a")], drawn), encoding="utf-8")
     return made.as_uri()
 
 
