@@ -205,3 +205,13 @@ def test_spread_keeps_order_and_both_ends(items: list[int], count: int) -> None:
 def test_no_two_methods_look_alike_and_a_strange_one_always_looks_the_same() -> None:
     assert len(set(LOOKS.values())) == len(LOOKS) == 20
     assert look("mine") == look("mine") and look("mine") not in LOOKS.values()
+
+
+def test_processes_draw_the_same_bytes_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots, _ = shown(tmp_path, factory.matrix())
+    some = list(plots.values())[:4]
+    alone = drawn(some)
+    monkeypatch.setattr("reports.figures.files.WORTH_A_PROCESS", 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    shared = drawn(some)
+    assert list(shared) == list(alone) and shared == alone
