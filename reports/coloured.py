@@ -23,7 +23,7 @@ INKS = ("#000000",) * 4 + ("#ffffff",) + ("#000000",) * 3
 """What is readable on each."""
 PART = "◌"
 """Stands for a token that begins a character which a later token completes."""
-MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "·"}
+MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣"}
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
@@ -122,7 +122,7 @@ def visible(token: str) -> tuple[str, str]:
     """A token with white space marked that is not between words, without control characters, and its line breaks.
 
     >>> visible(" river"), visible("    "), visible(""), visible(":" + chr(10)), visible("x" + chr(27))
-    ((' river', ''), ('····', ''), ('◌', ''), (':⏎', '\\n'), ('x�', ''))
+    ((' river', ''), ('␣␣␣␣', ''), ('◌', ''), (':⏎', '\\n'), ('x�', ''))
     """
     shown = token if token.strip(" ") else token.replace(" ", MARKS[" "])
     return "".join(map(_marked, shown)) or PART, "\n" * token.count("\n")

@@ -91,7 +91,9 @@ def files(records: Records, usd_per_hour: float | None = None) -> dict[str, str 
         rendered = {f"{table.name}.{suffix}": render(table) for table in tables for suffix, render in FORMATS.items()}
         report = _report(records, results, tables, rendered, plots, gaps)
         contents = rendered | drawn()
-    return {"report.md": report, "index.html": page(records, results, plots, contents)} | contents
+    unfinished = next((table for table in tables if table.name == "unfinished"), None)
+    html = page(records, results, plots, contents, gaps, unfinished)
+    return {"report.md": report, "index.html": html} | contents
 
 
 def _report(

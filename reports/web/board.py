@@ -37,31 +37,41 @@ class Row:
     records: tuple[Record, ...]
     """What it rests on."""
 
+    @property
+    def where(self) -> str:
+        """Its model and ratios in a line, where there is no room for columns of them."""
+        _, model, asked, counted, *_ = self.cells
+        return f"{model}: {asked}\N{NO-BREAK SPACE}%{'' if counted.value is None else f', counted {counted}'}"
+
 
 @dataclass(frozen=True)
 class Board:
     """The leaderboard."""
 
     columns: tuple[Column, ...]
-    """Identity, status, then the numbers."""
+    """Identity, the numbers, then status."""
     rows: tuple[Row, ...]
     """In the order of the tables; what measured nothing comes last."""
     notes: tuple[str, ...]
     """Sentences below it."""
 
     @property
+    def numbers(self) -> tuple[Column, ...]:
+        """The columns of numbers."""
+        return self.columns[len(HEAD) : -1]
+
+    @property
     def tasks(self) -> list[str]:
         """What the numbers are of."""
-        return list(dict.fromkeys(column.group or column.label for column in self.columns[FIXED:]))
+        return list(dict.fromkeys(column.group or column.label for column in self.numbers))
 
     def values(self, name: str) -> list[str]:
         """What rows can be filtered by: every `model`, `method` or `ratio`."""
         return list(dict.fromkeys(getattr(row, name) for row in self.rows))
 
 
-HEAD = (IDENTITY[-1], *IDENTITY[:-1], Column("Status", text=True))
-FIXED = len(HEAD)
-"""Columns before those of numbers."""
+HEAD = (IDENTITY[-1], *IDENTITY[:-1])
+STATUS = Column("Status", text=True)
 
 
 def board(results: Sequence[Result], records: Sequence[Record]) -> Board:
@@ -73,7 +83,7 @@ def board(results: Sequence[Result], records: Sequence[Record]) -> Board:
     empty = [_empty(record, len(flat)) for record in records if not record.size]
     shown = (*rows, *empty)
     notes = (f"± is {plus_minus(results)}.", *legend(row.cells for row in shown), *remarks(results))
-    return Board((*HEAD, *flat), shown, notes)
+    return Board((*HEAD, *flat, STATUS), shown, notes)
 
 
 Part = tuple[Sequence[Column], list[tuple[Cell, ...]]]
@@ -113,12 +123,13 @@ def _row(result: Result, numbers: tuple[Cell, ...]) -> Row:
     states = (f"{record.status}: {record.error}" for record in result.records if record.status != "done")
     status = Cell("; ".join(dict.fromkeys(states)) or "done")
     ratio, (*own, method) = f"{percent(result.ratio):g}", identity(result)
-    return Row(result.model, result.records[0].cell["method"], ratio, (method, *own, status, *numbers), result.records)
+    return Row(result.model, result.records[0].cell["method"], ratio, (method, *own, *numbers, status), result.records)
 
 
 def _empty(record: Record, count: int) -> Row:
     cell = record.cell
     method = cell["method"] + (FINE_TUNED if cell.get("recover") else "")
     status = Cell(f"{record.status}: {record.error or 'no reason recorded'}")
-    head = (Cell(method), Cell(cell["model"]), Cell(percent(cell["ratio"])), Cell(None), status)
-    return Row(cell["model"], cell["method"], f"{percent(cell['ratio']):g}", head + (Cell(None),) * count, (record,))
+    head = (Cell(method), Cell(cell["model"]), Cell(percent(cell["ratio"])))
+    cells = (*head, *[Cell(None)] * (count + 1), status)
+    return Row(cell["model"], cell["method"], f"{percent(cell['ratio']):g}", cells, (record,))

@@ -34,4 +34,4 @@ def _text(value: Any) -> str:
         return "; ".join(f"{name}: {text}" for name, text in inner if text)
     if isinstance(value, list):
         return ", ".join(map(_text, value))
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else plain(str(value))
+    return "" if value is None else plain(str(value))

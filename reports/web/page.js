@@ -41,10 +41,13 @@ function order() {
   table.tBodies[0].append(...(column < 0 ? rows : sorted(column, sign)));
 }
 
+// Of a task, rows with a number and those that failed are shown.
 function filter() {
   const wanted = ["model", "method", "ratio"].filter((name) => state.get(name));
-  for (const row of rows) row.hidden = wanted.some((name) => row.dataset[name] !== state.get(name));
   const task = state.get("task");
+  const numbers = heads.flatMap((head, i) => (head.dataset.task === task ? [i] : []));
+  const blank = (row) => row.lastElementChild.textContent === "done" && !numbers.some((i) => row.cells[i].dataset.value);
+  for (const row of rows) row.hidden = wanted.some((name) => row.dataset[name] !== state.get(name)) || (task && blank(row));
   const off = heads.flatMap((head, i) => (task && head.dataset.task && head.dataset.task !== task ? [i + 1] : []));
   document.getElementById("columns").textContent = off.map((n) => `#board tr > :nth-child(${n}) { display: none; }`).join("\n");
   document.getElementById("count").value = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
@@ -97,6 +100,13 @@ rows.forEach((row, i) => {
     document.getElementById("lines").replaceChildren(...details.rows[i].map(list));
     dialog.showModal();
   });
+});
+
+// Commands. Pages opened as a file or over plain HTTP may lack navigator.clipboard; what is selected can always be copied.
+document.addEventListener("click", ({ target }) => {
+  if (!target.matches(".copy")) return;
+  getSelection().selectAllChildren(target.previousElementSibling);
+  if (document.execCommand("copy")) target.textContent = "Copied";
 });
 
 // Texts in the colours of their experts.

@@ -8,6 +8,8 @@ from reports.figures import Plot
 from reports.figures.files import FOLDER
 
 KINDS = {"svg": "image/svg+xml", "png": "image/png"}
+FAR = 4
+"""How many times as large as the PNG an SVG may be, which is sharp at any size."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Picture:
 
 
 def pictures(plots: Sequence[Plot], files: Mapping[str, str | bytes]) -> list[Picture]:
-    """The figures; of SVG and PNG whichever is smaller.
+    """The figures as SVG, or PNG where that is far smaller.
 
     Args:
         files: those of the report, by name.
@@ -30,7 +32,10 @@ def pictures(plots: Sequence[Plot], files: Mapping[str, str | bytes]) -> list[Pi
 
 
 def _source(plot: Plot, files: Mapping[str, str | bytes]) -> str:
-    drawn = {kind: files[f"{FOLDER}/{plot.name}.{suffix}"] for suffix, kind in KINDS.items()}
-    raw = {kind: content.encode() if isinstance(content, str) else content for kind, content in drawn.items()}
-    kind = min(raw, key=lambda kind: len(raw[kind]))
-    return f"data:{kind};base64,{b64encode(raw[kind]).decode()}"
+    svg, png = (_raw(files[f"{FOLDER}/{plot.name}.{suffix}"]) for suffix in KINDS)
+    kind, raw = ("svg", svg) if len(svg) <= FAR * len(png) else ("png", png)
+    return f"data:{KINDS[kind]};base64,{b64encode(raw).decode()}"
+
+
+def _raw(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content

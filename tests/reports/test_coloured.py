@@ -39,7 +39,7 @@ def test_examples_of_the_docstrings() -> None:
 def test_without_colours_experts_are_numbers(tmp_path: Path) -> None:
     lines = _shown(_folder(tmp_path, routed.routes()), [2]).splitlines()
     assert lines[0] == "encyclopaedic, layer 2 experts  0   1   2   3 "
-    assert lines[1:3] == ["The₂ El₃be₀ <b>₁◌₂模₃⏎₀", "····₁x�[31m₂"]
+    assert lines[1:3] == ["The₂ El₃be₀ <b>₁◌₂模₃⏎₀", "␣␣␣␣₁x�[31m₂"]
     assert sum("layer" in line for line in lines) == 2  # one per text
 
 

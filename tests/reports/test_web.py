@@ -1,9 +1,11 @@
 """The web page without a browser: what stands in it."""
 
 import base64
+import csv
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lxml import html
 from matplotlib.figure import Figure
 
 from reports.figures import Plot
-from reports.records import Records, read_all
+from reports.records import MAKE_ONE, Records, read_all
 from reports.render import files
 from reports.results import pool
 from reports.web import page
@@ -36,17 +38,22 @@ def _rows(tree: Any) -> list[list[str]]:
     return [[cell.text_content() for cell in row] for row in tree.xpath("//*[@id='board']//tbody/tr")]
 
 
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """The whole report of a half-filled matrix."""
+    return files(read_all(factory.write(tmp_path_factory.mktemp("matrix"), factory.matrix())))
+
+
 def _embedded(tree: Any, name: str) -> Any:
     return json.loads(tree.get_element_by_id(name).text)
 
 
-def test_the_leaderboard_has_the_numbers_and_marks_of_the_tables(tmp_path: Path) -> None:
-    contents = files(read_all(factory.write(tmp_path, factory.matrix())))
-    tree = html.fromstring(str(contents["index.html"]))
+def test_the_leaderboard_has_the_numbers_and_marks_of_the_tables(matrix: Mapping[str, Any]) -> None:
+    tree = html.fromstring(matrix["index.html"])
     heads = [head.get("data-key") for head in tree.xpath("//*[@id='board']//thead//th")]
     shown = {(row[1], row[0], row[2]): row for row in _rows(tree)}
     rows = tree.xpath("//*[@id='board']//tbody/tr")
-    table = html.fromstring(contents["zero-shot.html"])
+    table = html.fromstring(matrix["zero-shot.html"])
     model = ""
     for row in table.xpath("//tbody/tr"):
         texts = [cell.text_content() for cell in row]
@@ -57,22 +64,58 @@ def test_the_leaderboard_has_the_numbers_and_marks_of_the_tables(tmp_path: Path)
     best = {cell.text_content() for row in rows for cell in row.xpath("td/strong")}
     assert {cell.text_content() for cell in table.xpath("//td/strong")} < best
     assert any("†" in row[3] for row in _rows(tree))
+    narrow = [row.xpath("string(th/@data-where)").replace("\N{NO-BREAK SPACE}", " ") for row in rows]
+    assert "tiny-llama: 60 %, counted 64.12†" in narrow and "tiny-llama: 60 %" in narrow  # which failed
 
 
 def test_what_failed_is_in_it_with_the_reason(tmp_path: Path) -> None:
     tree = _tree(tmp_path, factory.matrix())
-    (row,) = (row for row in _rows(tree) if row[4].startswith("failed"))
-    assert row[:3] == ["slicegpt", "tiny-llama", "60"] and row[4].endswith("block 7 did not converge")
-    assert set(row[5:]) == {"-"}
+    (row,) = (row for row in _rows(tree) if row[-1].startswith("failed"))
+    assert row[:3] == ["slicegpt", "tiny-llama", "60"] and row[-1].endswith("block 7 did not converge")
+    assert set(row[3:-1]) == {"-"}
+
+
+def test_what_is_missing_is_said_model_by_model_with_the_command(matrix: Mapping[str, Any]) -> None:
+    tree = html.fromstring(matrix["index.html"])
+    cells, drawings = _lacking(tree)
+    assert not tree.xpath("//*[@id='board']//*[@class='command']")
+    (row,) = csv.DictReader(matrix["unfinished.csv"].splitlines())
+    why = "slicegpt at 60 %, seed 0: failed, LinAlgError: eigenvalues of block 7 did not converge"
+    assert cells == {"tiny-llama": {row["Command"]: why}}
+    told = re.findall(r"^\* (.*), (\S+): (.*)\. To have it: (.*)$", matrix["report.md"], re.MULTILINE)
+    assert len(told) > 9 and {model for _, model, *_ in told} == set(drawings)
+    for title, model, why, command in told:
+        assert f"{title}: {why}" in drawings[model][command.replace("\\", "")].split("; ")
+
+
+def _lacking(tree: Any) -> tuple[dict[str, dict[str, str]], ...]:
+    """By model and command what is missing: the cells, which are shown, and the figures, which are folded."""
+    return tuple(
+        {
+            place.findtext("summary"): {
+                line.findtext("code"): line.getprevious().text for line in place.xpath("*[@class='command']")
+            }
+            for place in tree.xpath(f"//*[@id='missing']/details[{state}]")
+        }
+        for state in ("@open", "not(@open)")
+    )
+
+
+def test_without_records_there_is_only_the_command_that_makes_the_first(tmp_path: Path) -> None:
+    tree = html.fromstring(str(files(read_all(tmp_path))["index.html"]))
+    assert tree.xpath("//*[@class='command']/code/text()") == [MAKE_ONE.format("results")]
+    assert tree.xpath("//table/ancestor::*[@hidden]") and not tree.xpath("//*[@id='missing' or @id='run']")
 
 
 def test_provenance_is_there_once_per_cell(tmp_path: Path) -> None:
-    tree = _tree(tmp_path, [factory.record(), factory.record(seed=1), factory.record(method="shortgpt", ratio=0.8)])
+    first = factory.record(time__load_s=0.1234567890123)
+    tree = _tree(tmp_path, [first, factory.record(seed=1), factory.record(method="shortgpt", ratio=0.8)])
     details = _embedded(tree, "details")
     assert [len(records) for records in details["rows"]] == [2, 1]
     lines = [dict(details["lines"][number] for number in record) for record in details["rows"][0]]
     assert [line["seed"] for line in lines] == ["0", "1"]
     assert lines[0]["git commit"] == "4f2a9c1" and lines[0]["device"] == "cpu: 2 cores"
+    assert lines[0]["load s"] == "0.1234567890123"
     assert lines[0]["dataset revisions"] == "wikileads: 0.0.7; moby-dick: 0.2.3"
     assert lines[0]["command"].startswith("python run_all.py")
 
@@ -94,11 +137,11 @@ def test_only_its_own_script_may_run_and_nothing_is_fetched(tmp_path: Path) -> N
     assert not [link for *_, link, _ in tree.iterlinks() if not link.startswith(("#", "data:"))]
 
 
-def test_figures_are_data_the_smaller_of_svg_and_png(tmp_path: Path) -> None:
+def test_figures_are_data_svg_unless_it_is_far_larger_than_png(tmp_path: Path) -> None:
     pictures: dict[str, str | bytes] = {
         "figures/a.svg": "<svg/>",
-        "figures/a.png": b"\x89PNG longer",
-        "figures/b.svg": "<svg>longer</svg>",
+        "figures/a.png": b"\x89P",
+        "figures/b.svg": "<svg>" + "longer" * 9 + "</svg>",
         "figures/b.png": b"\x89PNG",
     }
     tree = _tree(tmp_path, [factory.record()], pictures)
@@ -126,7 +169,7 @@ def test_texts_show_the_smallest_ratio_with_every_token_in_its_colour(tmp_path: 
     assert "numbered" in first.get("class")
     assert [span.get("data-expert") for span in spans] == [str((t + 2) % 12) for t in range(9)]  # the middle layer
     assert [spans[t].get("class") for t in (0, 6, 7)] == ["e2 p0", "e0 p1", "e1 p1"]
-    assert [span.text for span in spans[2:8]] == ["be", " <b>", "◌", "模", "⏎", "····"]
+    assert [span.text for span in spans[2:8]] == ["be", " <b>", "◌", "模", "⏎", "␣␣␣␣"]
     assert _embedded(tree, "routes")[0][0][1]["experts"][:2] == [[2], [3]]
 
 

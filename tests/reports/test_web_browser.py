@@ -1,14 +1,18 @@
 """The web page in real headless Chromium: sorting, filtering, keyboard, phone, nothing fetched, nothing injected."""
 
+import base64
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from reports.figures import Gap
 from reports.records import read_all
 from reports.results import pool
+from reports.unfinished import unfinished_table
 from reports.web import page
 from tests.reports import factory, routed
 from tests.reports.test_web import EVIL, plot
@@ -17,6 +21,7 @@ PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
 pytestmark = pytest.mark.skipif(
     None in PROGRAMS, reason="chromium or chromedriver is not there: apt-get install chromium chromium-driver"
 )
+GREEN = "rgba(0, 158, 115, 1)"
 FIGURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle r="4" cx="4" cy="4"/></svg>'
 
 
@@ -31,7 +36,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
             routed.write(path, routed.routes())
     made, records = folder / "index.html", read_all(folder)
     drawn = {"figures/a.svg": FIGURE, "figures/a.png": FIGURE + " "}
-    made.write_text(page(records, pool(records), [plot("a")], drawn), encoding="utf-8")
+    gaps = [Gap(f"Figure {EVIL}", "tiny-llama", EVIL, EVIL)]
+    made.write_text(page(records, pool(records), [plot("a")], drawn, gaps, unfinished_table(records)), encoding="utf-8")
     return made.as_uri()
 
 
@@ -106,12 +112,23 @@ def test_filters_narrow_rows_and_columns_and_the_address_keeps_them(browser: Any
         Select(_find(browser, f"#board select[name={name}]")[0]).select_by_value(value)
     assert _column(browser, "Method") == ["shortgpt", "tomoe", "slicegpt"]
     shown = [head.get_attribute("data-key") for head in _find(browser, "#board thead th") if head.is_displayed()]
-    assert shown == ["Method", "Model", "Asked, %", "Counted, %", "Status", "arc_easy: acc_norm"]
+    assert shown == ["Method", "Model", "Asked, %", "Counted, %", "arc_easy: acc_norm", "Status"]
     assert _find(browser, "#count")[0].text == "3 of 12 rows"
     browser.refresh()
     assert len(_column(browser, "Method")) == 3
     _find(browser, "button[type=reset]")[0].click()
     assert len(_column(browser, "Method")) == 12 and "=" not in browser.current_url
+
+
+def test_a_task_hides_rows_without_it_but_not_those_that_failed(browser: Any) -> None:
+    from selenium.webdriver.support.select import Select
+
+    Select(_find(browser, "#board select[name=task]")[0]).select_by_value("wikileads")
+    found = zip(_column(browser, "wikileads: ppl @512"), _column(browser, "Status"), strict=True)
+    assert [status for number, status in found if number == "-"] == [
+        "failed: LinAlgError: eigenvalues of block 7 did not converge"
+    ]
+    assert _find(browser, "#count")[0].text == "11 of 12 rows"
 
 
 def test_everything_works_with_keys_alone(browser: Any) -> None:
@@ -161,26 +178,51 @@ def test_tokens_tell_layer_expert_and_probability(browser: Any) -> None:
     assert _find(browser, ".told")[0].text == "“ El”, layer 5: expert 2 (0.4500)"
 
 
+def test_a_command_is_copied(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    button = _find(browser, "#missing .copy")[0]
+    browser.execute_script("arguments[0].focus()", button)
+    _press(browser, Keys.ENTER)
+    assert button.text == "Copied"
+    assert browser.execute_script("return getSelection().toString()") == button.find_element("xpath", "../code").text
+
+
 def test_injected_names_are_shown_as_they_are(browser: Any) -> None:
     (row,) = (row for row in _find(browser, "#board tbody tr") if row.get_attribute("data-model") == EVIL)
     row.find_element("css selector", ".more").click()
     assert EVIL in _find(browser, "dialog[open]")[0].text
 
 
+@pytest.fixture
+def phone(browser: Any) -> Iterator[Any]:
+    """The page on the narrowest phone."""
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield browser
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_scrolls_only_downwards(browser: Any, scheme: str) -> None:
-    try:
-        phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        browser.execute_script("document.querySelectorAll('details').forEach(place => place.open = true)")
-        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
-        paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-        assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+def test_a_phone_scrolls_only_downwards(phone: Any, scheme: str) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    phone.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    phone.execute_script("document.querySelectorAll('details').forEach(place => place.open = true)")
+    assert phone.execute_script("return document.documentElement.scrollWidth") == 360
+    paper = phone.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
+
+
+def test_a_phone_shows_numbers_beside_methods_with_model_and_ratios(phone: Any) -> None:
+    (row,) = (row for row in _find(phone, "tr[data-model=tiny-llama]") if row.text.startswith("tomoe"))
+    method = row.find_element("css selector", "th")
+    number = row.find_element("css selector", "td[data-value]:not(:nth-child(-n+4))")
+    assert method.rect["x"] + method.rect["width"] <= number.rect["x"] < number.rect["x"] + number.rect["width"] <= 360
+    below = phone.execute_script("return getComputedStyle(arguments[0], '::after').content", method)
+    assert below == '"tiny-llama: 60\N{NO-BREAK SPACE}%, counted 59.79"'
+    phone.execute_script("document.querySelector('.wide').scrollLeft = 300")
+    assert number.rect["x"] < 0 < method.rect["x"]
 
 
 def test_without_scripts_the_tables_and_texts_are_there(browser: Any, address: str) -> None:
@@ -188,6 +230,44 @@ def test_without_scripts_the_tables_and_texts_are_there(browser: Any, address: s
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
         browser.get(address)
         assert len(_find(browser, "#board tbody tr")) == 12 and not _find(browser, "#board form")[0].is_displayed()
-        assert _find(browser, ".tokens span")[0].value_of_css_property("background-color") == "rgba(0, 158, 115, 1)"
+        assert _find(browser, ".tokens span")[0].value_of_css_property("background-color") == GREEN
+        assert "opens where" not in _find(browser, "#board")[0].text
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_forced_colours_leave_the_experts_theirs(browser: Any) -> None:
+    try:
+        media = {"features": [{"name": "forced-colors", "value": "active"}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        assert browser.execute_script("return matchMedia('(forced-colors: active)').matches")
+        assert _find(browser, ".tokens span")[0].value_of_css_property("background-color") == GREEN
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a page whose table is longer than a sheet, with names that have no place to break."""
+    folder = tmp_path_factory.mktemp("long")
+    factory.write(folder, [factory.record("model_" * 20, f"{'method_' * 20}{i}", 0.5) for i in range(60)])
+    made, records = folder / "index.html", read_all(folder)
+    made.write_text(page(records, pool(records), [], {}), encoding="utf-8")
+    return made.as_uri()
+
+
+def test_long_names_stay_in_their_cells(chromium: Any, long_page: str) -> None:
+    chromium.get(long_page)
+    cells = "[...document.querySelectorAll('#board :is(td, tbody th)')]"
+    assert (
+        chromium.execute_script(f"return {cells}.filter(cell => cell.scrollWidth > cell.clientWidth + 1).length") == 0
+    )
+
+
+@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="no pdftotext: apt-get install poppler-utils")
+def test_every_printed_sheet_has_the_header_of_the_table(chromium: Any, long_page: str) -> None:
+    chromium.get(long_page)
+    printed = base64.b64decode(chromium.print_page())
+    text = subprocess.run(["pdftotext", "-layout", "-", "-"], input=printed, capture_output=True, check=True).stdout
+    sheets = [sheet for sheet in text.decode().split("\f") if "49.79" in sheet]
+    assert len(sheets) > 1 and all(" ppl" in sheet and "acc_norm" in sheet for sheet in sheets)
