@@ -1,19 +1,18 @@
-"""Tokens in the colours of their experts: what `routes.json` beside a record says, and a view of it for terminals.
+"""Tokens in the colours of their experts, on terminals.
 
 python -m reports tokens results/tiny-llama/tomoe/0.5 --layers 0 4 9
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text as Line
 
+from reports.beside import read_routes
+from reports.beside.routes import Layer, Routes
 from reports.records import ReportError
 from reports.tables import plain
 
@@ -25,97 +24,10 @@ PART = "◌"
 """Stands for a token that begins a character which a later token completes."""
 MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣"}
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Where the tokens of a text go in one block."""
-
-    number: int
-    """The block, counted from 0."""
-    of: int
-    """How many experts it has."""
-    experts: tuple[tuple[int, ...], ...]
-    """Of each token, the best first."""
-    probabilities: tuple[tuple[float, ...], ...]
-    """The router's, of each of them."""
-
-    @property
-    def numbered(self) -> bool:
-        """Whether there are more experts than colours."""
-        return self.of > len(COLOURS)
-
-
-@dataclass(frozen=True)
-class Text:
-    """An example text."""
-
-    name: str
-    """In a word."""
-    tokens: tuple[str, ...]
-    """What each adds to the text."""
-    layers: tuple[Layer, ...]
-    """The blocks that have experts."""
-
-
-@dataclass(frozen=True)
-class Routes:
-    """Where the tokens of some texts go in one model."""
-
-    probability: str
-    """What the probabilities are."""
-    texts: tuple[Text, ...]
-    """At least one, each with the same layers, at least one."""
-
-    @property
-    def layers(self) -> list[int]:
-        """The blocks that have experts."""
-        return [layer.number for layer in self.texts[0].layers]
-
-
-def read(record: Path) -> Routes | None:
-    """The routes beside a record; None where there are none, as the model has no experts.
-
-    Raises:
-        ReportError: the file is damaged.
-    """
-    path = record.with_name("routes.json")
-    try:
-        return _routes(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReportError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Delete it, and repeat its run_all.py command with "
-            "--force to make it again."
-        ) from error
-
-
-def _routes(content: Mapping[str, Any]) -> Routes:
-    routes = Routes(str(content["probability"]), tuple(_text(text) for text in content["texts"]))
-    if not routes.texts or not routes.layers:
-        raise ValueError("it has no text, or no layer")
-    if any([layer.number for layer in text.layers] != routes.layers for text in routes.texts):
-        raise ValueError("its texts have different layers")
-    return routes
-
-
-def _text(content: Mapping[str, Any]) -> Text:
-    tokens = tuple(map(str, content["tokens"]))
-    return Text(plain(str(content["name"])), tokens, tuple(_layer(layer, len(tokens)) for layer in content["layers"]))
-
-
-def _layer(content: Mapping[str, Any], tokens: int) -> Layer:
-    experts = tuple(tuple(map(int, row)) for row in content["experts"])
-    shares = tuple(tuple(map(float, row)) for row in content["probabilities"])
-    layer = Layer(int(content["layer"]), int(content["of"]), experts, shares)
-    if [len(row) for row in experts] != [len(row) for row in shares] or len(experts) != tokens or not all(experts):
-        raise ValueError(f"layer {layer.number} does not have an expert and a probability for each token")
-    if not all(0 <= expert < layer.of for row in experts for expert in row):
-        raise ValueError(f"layer {layer.number} names an expert that it does not have")
-    if not all(0 <= share <= 1 for row in shares for share in row):
-        raise ValueError(f"layer {layer.number} has a probability that is none")
-    return layer
+RICH = ("256", "truecolor")
+"""Terminals that show every one of the colours; with 16 some are the same."""
+MAKE_ONE = "python run_all.py --models tiny-llama --methods tomoe --ratios 0.5 --budget demo --out {}"
+"""The command that makes the first texts of a folder."""
 
 
 def visible(token: str) -> tuple[str, str]:
@@ -134,10 +46,11 @@ def _marked(char: str) -> str:
 
 def show(routes: Routes, layers: Sequence[int], console: Console) -> None:
     """Print every text once per layer; experts are numbered where colours do not tell them apart."""
+    alike = console.no_color or console.color_system not in RICH
     for text in routes.texts:
         for layer in text.layers:
             if layer.number in layers:
-                numbered = layer.numbered or console.color_system is None
+                numbered = alike or layer.of > len(COLOURS)
                 console.print(Line(f"{text.name}, layer {layer.number}", style="bold"), _legend(layer))
                 console.print(
                     _line(zip(text.tokens, (row[0] for row in layer.experts), strict=True), numbered), end="\n\n"
@@ -195,12 +108,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _print(results: Path, layers: Sequence[int] | None, console: Console) -> None:
+    if not results.exists():
+        raise ReportError(
+            f"There is no {results}. Give the folder a run wrote to, or make one: {MAKE_ONE.format(results)}"
+        )
     records = [results] if results.is_file() else sorted(results.rglob("record.json"))
-    found = [(record, routes) for record in records if (routes := read(record))]
+    read = [(record, *read_routes(record)) for record in records]
+    for record, _, problem in read:
+        if problem:
+            print(f"{record.parent.as_posix()}/{problem}", file=sys.stderr)
+    found = [(record, routes) for record, routes, _ in read if routes]
     if not found:
         raise ReportError(
-            f"There is no routes.json beside a record below {results}: only models with experts have one. Make one: "
-            f"python run_all.py --models tiny-llama --methods tomoe --ratios 0.5 --budget demo --out {results}"
+            f"There is no routes.json that can be read beside a record below {results}: only models with experts have "
+            f"one. Make one: {MAKE_ONE.format(results)}"
         )
     for record, routes in found:
         console.rule(Line(plain(str(record.parent))))

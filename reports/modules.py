@@ -1,18 +1,16 @@
 """What compressed models are made of, from `structure.json` beside each record; and the paper's Table 8."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from reports.beside.structure import Structure, Width
 from reports.comparison import IDENTITY, identity, remarks
 from reports.families import RIVAL
 from reports.published import read
-from reports.records import Record
-from reports.results import Result
+from reports.results import Result, having
 from reports.tables import Cell, Column, Table, legend, number
 
 WIDTHS = {"heads": "Heads", "kv_heads": "Key heads", "qk": "Q and K per head", "vo": "V and O per head", "mlp": "MLP"}
-MIXTURE = {"experts": "number", "width": "width", "union": "union"}
+MIXTURE = ("number", "width", "union")
 ADDED = {
     "moe_mlp": "routers",
     "topk_values": "scores of values",
@@ -28,12 +26,10 @@ CAPTION = (
 
 def modules_table(results: Sequence[Result]) -> Table | None:
     """A row per compressed model whose structure is known; of several seeds the first."""
-    found = [(result, _structure(result.records[0])) for result in results if not result.dense]
-    rows = tuple((*identity(result), *cells) for result, cells in found if isinstance(cells, tuple))
+    found = [(result, made) for result, _, made in having(results, lambda beside: beside.structure)]
+    rows = tuple((*identity(result), *_cells(made)) for result, made in found)
     if not rows:
         return None
-    shown = [result for result, cells in found if isinstance(cells, tuple)]
-    damaged = (f"{result.title}: structure.json is damaged: {why}." for result, why in found if isinstance(why, str))
     return Table(
         name="modules",
         title="Module configuration",
@@ -42,46 +38,37 @@ def modules_table(results: Sequence[Result]) -> Table | None:
             *IDENTITY,
             Column("Blocks", text=True),
             *(Column(label, "Kept", text=True) for label in WIDTHS.values()),
-            *(Column(label, "Experts", text=True) for label in MIXTURE.values()),
+            *(Column(label, "Experts", text=True) for label in MIXTURE),
             Column("Residual", text=True),
             Column("Weights, %", text=True),
             Column("Added", text=True),
         ),
         rows=rows,
-        notes=(*legend(rows), *remarks(shown), *damaged),
+        notes=(*legend(rows), *remarks([result for result, _ in found])),
     )
 
 
-def _structure(record: Record) -> tuple[Cell, ...] | str | None:
-    """What is beside the record; a text that says why it cannot be read; None where it is not there."""
-    path = record.path.parent / "structure.json"
-    if not path.exists():
-        return None
-    try:
-        return _cells(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__} {error}"
-
-
-def _cells(made: Mapping[str, Any]) -> tuple[Cell, ...]:
-    layers, removed = made["layers"], len(made["removed_layers"])
-    mixtures = [layer["mixture"] for layer in layers if layer.get("mixture")]
-    added = (text for name, text in ADDED.items() if name in made["compression"]["structures"])
+def _cells(made: Structure) -> tuple[Cell, ...]:
+    layers, residual = made.layers, [made.residual] if made.residual else []
+    mixtures = [layer.mixture for layer in layers if layer.mixture]
+    added = (text for name, text in ADDED.items() if name in made.added)
     return (
-        Cell(f"{len(layers)} of {len(layers) + removed}" if removed else ""),
-        *(Cell(_kept([layer[name] for layer in layers])) for name in WIDTHS),
-        *(Cell(_span([mixture[name] for mixture in mixtures])) for name in MIXTURE),
-        Cell(_span([made[key] for key in ("rotated_width", "narrow_width") if made.get(key)])),
-        Cell(_span([100 * share for layer in layers for share in (layer.get("density") or {}).values()])),
+        Cell(f"{len(layers)} of {len(layers) + made.removed}" if made.removed else ""),
+        *(Cell(_kept([layer.widths[part] for layer in layers])) for part in WIDTHS),
+        Cell(_span([len(mixture.cosine) for mixture in mixtures])),
+        Cell(_span([mixture.width for mixture in mixtures])),
+        Cell(_span([mixture.union for mixture in mixtures])),
+        Cell(_span(residual)),
+        Cell(_span([100 * share for layer in layers for share in layer.density])),
         Cell(", ".join(added)),
     )
 
 
-def _kept(widths: Sequence[Mapping[str, int]]) -> str:
+def _kept(widths: Sequence[Width]) -> str:
     """As in `17 to 29 of 32`; empty where all is kept."""
-    if all(width["kept"] == width["full"] for width in widths):
+    if all(width.kept == width.full for width in widths):
         return ""
-    return f"{_span([w['kept'] for w in widths])} of {_span([w['full'] for w in widths])}"
+    return f"{_span([width.kept for width in widths])} of {_span([width.full for width in widths])}"
 
 
 def _span(values: Sequence[float]) -> str:

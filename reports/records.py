@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reports.beside import Beside
+from reports.beside import read as read_beside
 from reports.schema import SCHEMA, check
 
 MAKE_ONE = "python run_all.py --models tiny-llama --ratios 0.8 --budget demo --out {}"
@@ -55,6 +57,8 @@ class Record:
     """Tasks that could not be measured, and why."""
     error: str
     """Why the cell is not done; empty where it is."""
+    beside: Beside
+    """The files beside it; of a dense model, or where nothing was measured, none are shown or read."""
 
 
 class Records(list[Record]):
@@ -84,7 +88,7 @@ def read_all(results: Path) -> Records:
         except ReportError as error:
             problems.append(f"{path.relative_to(results).as_posix()} {error}")
     kept, twins = _without_twins(read, results)
-    return Records(kept, [*problems, *twins, *_not_finite(kept)])
+    return Records(kept, [*problems, *twins, *_damaged(kept, results), *_not_finite(kept)])
 
 
 def _read(path: Path) -> Record:
@@ -131,6 +135,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
         notes=tuple(map(str, content.get("notes", []))) if measured else (),
         skipped=content.get("skipped", {}),
         error=str(content.get("error") or _unmeasured(content)),
+        beside=read_beside(path) if measured and content["cell"]["method"] != "dense" else Beside(),
     )
 
 
@@ -155,6 +160,13 @@ def _without_twins(records: Iterable[Record], results: Path) -> tuple[list[Recor
             paths = (each.path.relative_to(results).as_posix() for each in (record, first))
             told.append("{} is left out: {} describes the same cell. Delete one of them.".format(*paths))
     return list(seen.values()), told
+
+
+def _damaged(records: Iterable[Record], results: Path) -> Iterator[str]:
+    """A few sentences per damaged file beside a record."""
+    for record in records:
+        for problem in record.beside.problems:
+            yield f"{record.path.parent.relative_to(results).as_posix()}/{problem}"
 
 
 def _not_finite(records: Iterable[Record]) -> Iterator[str]:

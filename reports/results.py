@@ -7,14 +7,17 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
+from reports.beside import Beside
 from reports.records import Metric, Record
 from reports.tables import percent
 
+T = TypeVar("T")
 Settings = tuple[tuple[str, str], ...]
 FINE_TUNED = " + fine-tuning"
 """What the name of a method gets whose results were fine-tuned."""
@@ -173,6 +176,13 @@ def by_model(results: Iterable[Result]) -> list[list[Result]]:
     for result in results:
         groups[result.model].append(result)
     return list(groups.values())
+
+
+def having(results: Iterable[Result], what: Callable[[Beside], T | None]) -> Iterator[tuple[Result, Record, T]]:
+    """The results beside one of whose records there is something, each with its first such record and that."""
+    for result in results:
+        lying = ((record, found) for record in result.records if (found := what(record.beside)) is not None)
+        yield from ((result, *first) for first in islice(lying, 1))
 
 
 def _result(

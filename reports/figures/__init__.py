@@ -6,7 +6,7 @@ with files.drawing(plots) as drawn:
 
 plot, files       what a figure is; its files
 style             looks: `report.mplstyle`, a colour and marker per method, legends
-select, beside    which results are shown; what lies beside their records
+select            which results are shown
 the others        a family of figures each, listed in `FAMILIES`
 """
 
@@ -14,14 +14,13 @@ from collections.abc import Sequence
 
 from reports.figures import ablation, cost, experts, quality, speed, training, widths
 from reports.figures.plot import Family, Gap, Plot, Rows, file_name, remedy
-from reports.records import ReportError
 from reports.results import Result, by_model
 
 __all__ = ["FAMILIES", "Gap", "Plot", "figures"]
 
 FEW = 4
 """Records that a caption has room for."""
-NEEDS_TOMOE = "there is no {} beside a record of ToMoE"
+NEEDS_TOMOE = "no record of ToMoE has a {} beside it that can be read"
 TOMOE = "--methods tomoe --ratios {ratios}"
 SAME = "--methods {methods} --ratios {ratios} --tasks "
 FAMILIES = (
@@ -127,13 +126,9 @@ def figures(results: Sequence[Result]) -> tuple[list[Plot], list[Gap]]:
 
 
 def _made(family: Family, results: Sequence[Result]) -> Plot | Gap:
-    model, why = results[0].model, family.needs
-    try:
-        content = family.build(results)
-    except ReportError as error:
-        content, why = None, str(error)
+    model, content = results[0].model, family.build(results)
     if content is None:
-        return Gap(family.title, model, why, remedy(results, family.arguments))
+        return Gap(family.title, model, family.needs, remedy(results, family.arguments))
     return Plot(
         name=file_name(family.name, model),
         title=f"{family.title}: {model}",

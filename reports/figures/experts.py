@@ -8,15 +8,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from reports.figures.beside import Layer, layers
+from reports.beside.structure import Layer, Mixture
 from reports.figures.plot import Content, Row, Rows, column, grouped
-from reports.figures.select import having, identity, spread, tomoe
+from reports.figures.select import beside, spread
 from reports.figures.style import COLUMN, panels, share, whole
 from reports.results import Result
 
 PANELS = 3
 """Ratios, and layers, that a figure has room for."""
-SOME = f"of at most {PANELS} asked ratios"
+SOME = f"of the first seed at no more than {PANELS} asked ratios"
 
 
 def widths(results: Sequence[Result]) -> Content | None:
@@ -48,34 +48,38 @@ def loads(results: Sequence[Result]) -> Content | None:
 
 def _content(
     results: Sequence[Result],
-    rows_of: Callable[[list[Layer]], Iterator[Row]],
+    rows_of: Callable[[Sequence[Layer]], Iterator[Row]],
     caption: str,
     draw: Callable[[Rows], Figure],
 ) -> Content | None:
-    found = [(result, list(rows_of(model))) for result, model in having(tomoe(results), layers)]
-    shown = spread([(result, rows) for result, rows in found if rows], PANELS)
-    rows = [{**identity(result), **row} for result, rows in shown for row in rows]
+    models = beside(results, lambda lying: lying.structure)
+    found = [[{**run, **row} for row in rows_of(model.layers)] for run, model in models]
+    rows = [row for shown in spread([rows for rows in found if rows], PANELS) for row in shown]
     return Content(caption=caption, rows=rows, draw=draw) if rows else None
 
 
-def _raw_widths(model: list[Layer]) -> Iterator[Row]:
-    for layer in model:
-        for expert, width in enumerate(layer.raw_widths or ()):
-            yield {"layer": layer.number, "expert": expert, "width": 100 * width / layer.full}
+def _raw_widths(layers: Sequence[Layer]) -> Iterator[Row]:
+    for layer, mixture in _mixtures(layers):
+        for expert, width in enumerate(mixture.raw_widths):
+            yield {"layer": layer.number, "expert": expert, "width": 100 * width / layer.widths["mlp"].full}
 
 
-def _similarities(model: list[Layer]) -> Iterator[Row]:
-    for layer in spread([layer for layer in model if layer.cosine], PANELS):
-        for one, line in enumerate(layer.cosine or ()):
+def _similarities(layers: Sequence[Layer]) -> Iterator[Row]:
+    for layer, mixture in spread(_mixtures(layers), PANELS):
+        for one, line in enumerate(mixture.cosine):
             for other, cosine in enumerate(line):
                 yield {"layer": layer.number, "expert": one, "other": other, "cosine": cosine}
 
 
-def _loads(model: list[Layer]) -> Iterator[Row]:
-    for layer in model:
-        for expert, load in enumerate(layer.loads or ()):
-            even = sum(layer.loads or ()) / len(layer.loads or ())
+def _loads(layers: Sequence[Layer]) -> Iterator[Row]:
+    for layer, mixture in _mixtures(layers):
+        for expert, load in enumerate(mixture.loads):
+            even = sum(mixture.loads) / len(mixture.loads)
             yield {"layer": layer.number, "expert": expert, "tokens": load, "over_even": load / even}
+
+
+def _mixtures(layers: Sequence[Layer]) -> list[tuple[Layer, Mixture]]:
+    return [(layer, layer.mixture) for layer in layers if layer.mixture]
 
 
 def draw_widths(rows: Rows) -> Figure:

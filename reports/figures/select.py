@@ -1,13 +1,14 @@
 """Which results a figure shows: few enough to be told apart, by rules that its caption states."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from reports.accuracy import judged
+from reports.beside import Beside
 from reports.families import RIVAL as TOMOE
 from reports.perplexity import texts
-from reports.results import Result
+from reports.results import Result, having
 
 T = TypeVar("T")
 MAIN = "Of a method that ran with several settings, those measured at most ratios are shown."
@@ -59,7 +60,7 @@ def quality(results: Sequence[Result]) -> str | None:
     return next((str(name) for name in (*texts(results), *judged(results))), None)
 
 
-def identity(result: Result) -> dict[str, str | float | None]:
+def identity(result: Result) -> dict[str, Any]:
     """The first columns of every row that stands for a result."""
     return {
         "method": method(result),
@@ -70,6 +71,7 @@ def identity(result: Result) -> dict[str, str | float | None]:
     }
 
 
-def having(results: Sequence[Result], read: Callable[[Result], T | None]) -> list[tuple[Result, T]]:
-    """The results beside whose records there is something, with that."""
-    return [(result, found) for result in results if (found := read(result)) is not None]
+def beside(results: Sequence[Result], what: Callable[[Beside], T | None]) -> Iterator[tuple[dict[str, Any], T]]:
+    """What lies beside ToMoE's records, of several seeds the first, with its `identity`."""
+    for result, record, found in having(tomoe(results), what):
+        yield identity(result) | {"cells": record.cell["id"]}, found

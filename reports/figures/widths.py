@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports.figures.beside import layers
+from reports.beside.structure import Layer
 from reports.figures.plot import Content, Rows, column, grouped
-from reports.figures.select import having, identity, tomoe
+from reports.figures.select import beside
 from reports.figures.style import legend, legend_height, panels, ratio_colours, ratio_handles, whole
 from reports.results import Result
 
@@ -17,27 +17,34 @@ PARTS = {"qk": "queries and keys", "vo": "values and outputs", "mlp": "MLP"}
 def widths(results: Sequence[Result]) -> Content | None:
     """What a token uses of each layer; None without a `structure.json` of ToMoE."""
     rows = [
-        {**identity(result), "layer": layer.number, **{part: 100 * layer.kept[part] for part in PARTS}}
-        for result, model in having(tomoe(results), layers)
-        for layer in model
+        {**run, "layer": layer.number, **{part: 100 * _used(layer, part) for part in PARTS}}
+        for run, model in beside(results, lambda lying: lying.structure)
+        for layer in model.layers
     ]
     caption = (
-        "The share of the dense width that a token still uses in each layer of ToMoE's models, a line per asked ratio."
+        "The share of the dense width that a token still uses in each layer of ToMoE's models, a line per asked ratio "
+        "(first seed)."
     )
     return Content(caption=caption, rows=rows, draw=draw_widths) if rows else None
+
+
+def _used(layer: Layer, part: str) -> float:
+    """The share of a part's dimensions, over all heads, or of neurons that a token uses."""
+    heads = 1 if part == "mlp" else layer.widths["heads"].share
+    return heads * layer.widths[part].share
 
 
 def unions(results: Sequence[Result]) -> Content | None:
     """What all experts of a layer use together; None without experts of ToMoE."""
     rows = [
-        {**identity(result), "layer": layer.number, "union": 100 * layer.union}
-        for result, model in having(tomoe(results), layers)
-        for layer in model
-        if layer.union is not None
+        {**run, "layer": layer.number, "union": 100 * layer.mixture.union_share}
+        for run, model in beside(results, lambda lying: lying.structure)
+        for layer in model.layers
+        if layer.mixture
     ]
     caption = (
         "The share of the dense MLP's neurons that are in at least one expert of a layer, a line per asked ratio "
-        "(ToMoE): at 100 % the experts together keep all that the dense layer knew."
+        "(ToMoE, first seed): at 100 % the experts together keep all that the dense layer knew."
     )
     return Content(caption=caption, rows=rows, draw=draw_unions) if rows else None
 

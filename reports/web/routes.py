@@ -4,38 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reports.coloured import COLOURS, Layer, Routes, read
-from reports.records import ReportError
-from reports.results import Result
+from reports.beside.routes import Layer, Routes
+from reports.coloured import COLOURS
+from reports.results import Result, having
 
 
 @dataclass(frozen=True)
 class Coloured:
-    """One model's texts, or why they cannot be shown."""
+    """One model's texts."""
 
     title: str
     """The model, method and ratio."""
-    routes: Routes | None
-    """None where the file is damaged."""
-    error: str = ""
-    """What is wrong with it."""
+    routes: Routes
+    """What its experts got of them."""
 
 
 def coloured(results: Sequence[Result]) -> list[Coloured]:
     """What is shown, in the order of the results."""
-    found: dict[tuple[str, str], Coloured] = {}
-    for result in results:  # by falling ratio
-        if shown := _coloured(result):
-            found[result.model, result.method] = shown
-    return list(found.values())
-
-
-def _coloured(result: Result) -> Coloured | None:
-    try:
-        routes = read(result.records[0].path)
-    except ReportError as error:
-        return Coloured(result.title, None, str(error))
-    return Coloured(result.title, routes) if routes else None
+    found = having(results, lambda beside: beside.routes)  # by falling ratio
+    smallest = {(result.model, result.method): Coloured(result.title, routes) for result, _, routes in found}
+    return list(smallest.values())
 
 
 def classes(expert: int) -> str:
@@ -45,10 +33,7 @@ def classes(expert: int) -> str:
 
 def data(models: Sequence[Coloured]) -> list[list[list[dict[str, Any]]]]:
     """Of every model, text and layer what the page's script shows."""
-    return [
-        [[_data(layer) for layer in text.layers] for text in model.routes.texts] if model.routes else []
-        for model in models
-    ]
+    return [[[_data(layer) for layer in text.layers] for text in model.routes.texts] for model in models]
 
 
 def _data(layer: Layer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Plausible records: two models, three methods, two ratios; no model was run for them."""
 
+import copy
 import gzip
 import hashlib
 import json
@@ -70,12 +71,27 @@ def sampled(
 def structure(blocks: int = 2, mixture: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """What `structure.json` holds: `changes` are kept widths that differ from the dense model's."""
     full = {"heads": 4, "kv_heads": 4, "qk": 32, "vo": 32, "mlp": 400}
-    layers = [
-        {name: {"kept": changes.get(name, width), "full": width} for name, width in full.items()} | {"mixture": mixture}
-        for _ in range(blocks)
-    ]
-    structures = {"moe_mlp": {}} if mixture else {}
-    return {"compression": {"structures": structures}, "removed_layers": [], "rotated_width": None, "layers": layers}
+    widths = {name: {"kept": changes.get(name, width), "full": width} for name, width in full.items()}
+    layers = [{"layer": number, **copy.deepcopy(widths), "mixture": mixture} for number in range(blocks)]
+    return {
+        "compression": {"structures": {"moe_mlp": {}} if mixture else {}},
+        "removed_layers": [],
+        "rotated_width": None,
+        "layers": layers,
+        "loads": {"calibration": [[0.25, 0.75]] * blocks} if mixture else {},
+    }
+
+
+def mixture(**changes: Any) -> dict[str, Any]:
+    """Two experts of a block of `structure`; `changes` replace entries."""
+    sizes = {"experts": 2, "width": 50, "union": 300, "union_share": 0.75, "raw_widths": [40.0, 120.0]}
+    return sizes | {"cosine": [[1.0, 0.25], [0.25, 1.0]]} | changes
+
+
+def training(steps: int = 400) -> str:
+    """What `training.csv` holds."""
+    rows = (f"{step},{step / 10},0.5,0.25,1" for step in range(steps))
+    return "\n".join(["step,kd,r_p,r_u,r_l", *rows, ""])
 
 
 def matrix() -> list[dict[str, Any]]:

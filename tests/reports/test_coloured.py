@@ -1,9 +1,11 @@
 """Tokens in their experts' colours: what is read, what a terminal shows, and whether it can be read."""
 
-import copy
+import contextlib
 import doctest
 import io
 import itertools
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from reports import coloured
-from reports.records import ReportError
+from reports.beside import read_routes
 from tests.reports import factory, routed
 
 
@@ -26,7 +28,7 @@ def _folder(tmp_path: Path, content: dict[str, Any]) -> Path:
 
 def _shown(record: Path, layers: list[int], **options: Any) -> str:
     stream = io.StringIO()
-    routes = coloured.read(record)
+    routes, _ = read_routes(record)
     assert routes
     coloured.show(routes, layers, Console(file=stream, width=200, **options))
     return stream.getvalue()
@@ -55,6 +57,36 @@ def test_more_experts_than_colours_are_numbered(tmp_path: Path) -> None:
     assert " El₆" in text
 
 
+@pytest.mark.parametrize(
+    ("environment", "numbered"),
+    [
+        ({"TERM": "xterm"}, True),  # with 16 colours, of which two experts share one
+        ({"TERM": "xterm-256color"}, False),
+        ({"TERM": "xterm", "COLORTERM": "truecolor"}, False),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, True),
+        ({"TERM": "dumb"}, True),
+    ],
+)
+def test_experts_can_be_told_apart_on_every_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], numbered: bool
+) -> None:
+    record = _folder(tmp_path, routed.routes())
+    for name in ("NO_COLOR", "COLORTERM", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert coloured.main([str(record), "--layers", "0"]) == 0
+    shown = b""
+    with os.fdopen(reader, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # which is how a terminal ends
+        while part := screen.read(2**16):
+            shown += part
+    text = shown.decode()
+    assert " El" in text and (" El₁" in text) == numbered
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _folder(tmp_path, routed.routes())
     assert coloured.main([str(tmp_path)]) == 0
@@ -72,24 +104,21 @@ def test_without_routes_the_command_says_what_makes_them(tmp_path: Path, capsys:
     assert "run_all.py --models tiny-llama --methods tomoe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content.pop("texts"),
-        lambda content: content.update(texts=[]),
-        lambda content: content["texts"][0]["layers"].pop(),
-        lambda content: content["texts"][0]["tokens"].pop(),
-        lambda content: content["texts"][0]["layers"][0]["experts"].__setitem__(0, [4]),
-        lambda content: content["texts"][0]["layers"][0]["experts"].__setitem__(0, []),
-        lambda content: content["texts"][0]["layers"][0]["probabilities"].__setitem__(0, [float("nan")]),
-        lambda content: content["texts"][0]["layers"][0]["probabilities"].__setitem__(0, [0.1, 0.2]),
-    ],
-)
-def test_damaged_routes_are_refused(tmp_path: Path, damage: Any) -> None:
-    content = copy.deepcopy(routed.routes())
-    damage(content)
-    with pytest.raises(ReportError, match=r"routes\.json is damaged .* --force"):
-        coloured.read(_folder(tmp_path, content))
+def test_a_damaged_file_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    _folder(good, routed.routes())
+    damaged = _folder(bad, routed.routes()).with_name("routes.json")
+    damaged.write_text("{")
+    assert coloured.main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "code, layer 2 " in out and err.startswith(f"{damaged.as_posix()} is damaged")
+    assert coloured.main([str(bad)]) == 2
+    assert f"{damaged.as_posix()} is damaged" in (told := capsys.readouterr().err) and "run_all.py --models" in told
+
+
+def test_no_such_folder_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert coloured.main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith(f"There is no {tmp_path / 'none'}. Give the folder")
 
 
 @given(st.text())

@@ -27,7 +27,6 @@ from tests.reports import factory
 
 ODD = "my_$x^2$ <模型>"
 POINTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12)
-COSINE = [[1.0, 0.25], [0.25, 1.0]]
 
 
 def shown(tmp_path: Path, records: list[dict[str, Any]]) -> tuple[dict[str, Plot], list[Gap]]:
@@ -46,19 +45,10 @@ def tomoe(tmp_path: Path) -> Path:
     """A ToMoE record at two ratios, with the files that its runs leave."""
     factory.write(tmp_path, [factory.record(method="tomoe", ratio=ratio) for ratio in (0.8, 0.6)])
     for path in tmp_path.rglob("record.json"):
-        path.with_name("structure.json").write_text(json.dumps(structure()))
-        lines = [f"{step},{step / 10},0.5,0.25,1" for step in range(400)]
-        path.with_name("training.csv").write_text("\n".join(["step,kd,r_p,r_u,r_l", *lines]))
+        made = factory.structure(mixture=factory.mixture(), heads=2, qk=16, mlp=80)
+        path.with_name("structure.json").write_text(json.dumps(made))
+        path.with_name("training.csv").write_text(factory.training())
     return tmp_path
-
-
-def structure() -> dict[str, Any]:
-    """Two layers: half the heads at half their width, two experts of unequal width and load."""
-    half = {"kept": 2, "full": 4}
-    mixture = {"union_share": 0.75, "raw_widths": [10.0, 30.0], "cosine": COSINE}
-    layer = {"heads": half, "qk": half, "vo": {"kept": 4, "full": 4}, "mlp": {"kept": 20, "full": 100}}
-    layers = [{"layer": number, **layer, "mixture": mixture} for number in (0, 1)]
-    return {"layers": layers, "loads": {"calibration": [[0.25, 0.75]] * 2}}
 
 
 def test_a_dense_model_alone_gets_commands_for_others(tmp_path: Path) -> None:
@@ -117,15 +107,6 @@ def test_what_lies_beside_tomoes_records_is_read_and_drawn(tmp_path: Path) -> No
     assert len(rows["training"]) == 2 * 134 and first["training"]["kd"] == pytest.approx(0.1)
     assert {"training.tiny-llama", "loads.tiny-llama"} <= {plot.name for plot in plots}
     assert len(drawn([plot for plot in plots if plot.name.startswith(("train", "wid", "exp", "sim", "loa"))])) == 20
-
-
-@pytest.mark.parametrize("name", ["structure.json", "training.csv"])
-def test_damaged_file_is_a_gap_that_names_it_and_the_rest_is_drawn(tmp_path: Path, name: str) -> None:
-    for path in tomoe(tmp_path).rglob(name):
-        path.write_text('{"layers"' if name == "structure.json" else "step,kd,r_p,r_u,r_l\n0,much,1,1,1")
-    plots, gaps = figures(pool(read_all(tmp_path)))
-    assert any(f"{name} of " in gap.why and "is damaged" in gap.why for gap in gaps)
-    assert any(plot.name.startswith("perplexity") for plot in plots)
 
 
 def test_files_are_the_same_every_time_and_hold_what_they_should(tmp_path: Path) -> None:

@@ -173,8 +173,9 @@ def test_texts_show_the_smallest_ratio_with_every_token_in_its_colour(tmp_path: 
     assert _embedded(tree, "routes")[0][0][1]["experts"][:2] == [[2], [3]]
 
 
-def test_damaged_texts_are_said_to_be(tmp_path: Path) -> None:
-    assert "is damaged" in _routed(tmp_path, texts=[]).xpath("//*[@class='routes']/*[@class='note']")[0].text
+def test_damaged_texts_are_left_out(tmp_path: Path) -> None:
+    tree = _routed(tmp_path, texts=[])
+    assert not tree.xpath("//*[@id='texts']") and len(tree.xpath("//header//li")) == 2
 
 
 def test_twice_the_same(tmp_path: Path) -> None:
