@@ -7,17 +7,17 @@ python -m reports compare results out/results --out out/comparison
 import argparse
 import math
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reports.accuracy import judged
-from reports.comparison import MetricName, identity, pooled_cell
+from reports.comparison import UNEVEN, MetricName, identity, pooled_cell
 from reports.formats import FORMATS
 from reports.perplexity import texts
 from reports.records import read_all
-from reports.results import Result, Settings, pool, settings_of
+from reports.results import Result, Settings, brief, differing, pool, settings_of
 from reports.samples import UnpairedError, check_paired, samples
 from reports.significance import tested_cells
 from reports.standings import compared, lower_is_better
@@ -31,7 +31,7 @@ FOLDERS = ("A", "B")
 COLUMNS = (
     Column("Model", text=True),
     Column("Asked, %"),
-    Column("Counted in A, %"),
+    *(Column(folder, "Counted, %") for folder in FOLDERS),
     Column("Method", text=True),
     Column("Measured", text=True),
     *map(Column, FOLDERS),
@@ -46,7 +46,8 @@ COLUMNS = (
 CAPTION = (
     "Every model, method, ratio and settings that both folders have. The difference is B minus A in points (per cent "
     "of right answers), or B divided by A for perplexity, with its 95 % interval on the documents that both saw; the "
-    f"verdict says what B is, at a level of {100 * ALPHA:g} % after Holm's correction over all tests of this table."
+    f"verdict says what B is, at a level of {100 * ALPHA:g} % after Holm's correction over all tests of this table. "
+    f"Sizes more than {100 * UNEVEN:g} % of the dense model apart are not judged."
 )
 
 
@@ -66,10 +67,18 @@ class Pair:
     """p after Holm's correction."""
 
     @property
+    def uneven(self) -> bool:
+        """Whether part of the difference is one of size."""
+        first, second = (result.size("active_total") / result.size("dense_params") for result in self.results)
+        return abs(first - second) > UNEVEN
+
+    @property
     def verdict(self) -> str:
         """What B is."""
         if not self.found:
             return f"not compared: {self.why}"
+        if self.uneven:
+            return "not compared: not of one size"
         if self.adjusted >= ALPHA:
             return "tied"
         return "better" if (self.found.value < 0) == lower_is_better((str(self.name),)) else "worse"
@@ -89,8 +98,7 @@ def comparison_table(first: Sequence[Result], second: Sequence[Result], remarks:
         notes=(
             *remarks,
             _counted(pairs),
-            *_only("A", ours, theirs),
-            *_only("B", theirs, ours),
+            *_unmatched(ours, theirs),
             *legend(rows),
         ),
     )
@@ -129,8 +137,9 @@ def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
 def _row(pair: Pair) -> tuple[Cell, ...]:
     perplexity = lower_is_better((str(pair.name),))
     scale = 1 if perplexity else 100
+    (*head, counted, method), (*_, in_b, _) = map(identity, pair.results)
     return (
-        *identity(pair.results[0]),
+        *(*head, counted, in_b, method),
         Cell(str(pair.name)),
         *(pooled_cell(result.metric(str(pair.name)), scale) for result in pair.results),
         *tested_cells(pair.found, pair.adjusted, perplexity),
@@ -144,9 +153,24 @@ def _counted(pairs: Sequence[Pair]) -> str:
     return f"B is: {told}." if pairs else "There is no cell that both folders have measured with the same settings."
 
 
-def _only(folder: str, own: Mapping[Key, Result], other: Mapping[Key, Result]) -> Iterator[str]:
-    if titles := [result.title for key, result in own.items() if key not in other]:
-        yield f"Only in {folder}: {'; '.join(dict.fromkeys(titles))}."
+def _unmatched(ours: Mapping[Key, Result], theirs: Mapping[Key, Result]) -> Iterator[str]:
+    """What only one folder has, and what both have but measured with other settings."""
+    only = [key for key in ours if key not in theirs], [key for key in theirs if key not in ours]
+    unlike = {key: other for key in only[0] if (other := _nearest(key, only[1]))}
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for key, other in unlike.items():
+        names = differing([key[-1], other[-1]])
+        first, second = (brief(settings, names) or "none" for settings in (key[-1], other[-1]))
+        reasons[f"Other settings in A ({first}) than in B ({second})"].append(ours[key].title)
+    for folder, keys, results in zip(FOLDERS, only, (ours, theirs), strict=True):
+        reasons[f"Only in {folder}"] = [results[key].title for key in keys if key not in {*unlike, *unlike.values()}]
+    yield from (f"{why}: {'; '.join(dict.fromkeys(titles))}." for why, titles in reasons.items() if titles)
+
+
+def _nearest(key: Key, others: Iterable[Key]) -> Key | None:
+    """The same model, method and ratio with the fewest other settings."""
+    same = (other for other in others if other[:-1] == key[:-1])
+    return min(same, key=lambda other: len(differing([key[-1], other[-1]])), default=None)
 
 
 def main(arguments: Sequence[str]) -> int:

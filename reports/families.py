@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from reports.accuracy import judged, published_names, published_rows, task_cells, task_columns
-from reports.comparison import IDENTITY, Measured, identity, metric_names, plus_minus, remarks, versions
+from reports.comparison import IDENTITY, UNEVEN, Measured, identity, metric_names, plus_minus, remarks, versions
 from reports.published import Line, beside, provenance
 from reports.results import Result, by_model
 from reports.tables import Cell, Column, Table, legend, percent
@@ -84,10 +84,12 @@ def _published(
 
 
 def _opponents(group: Sequence[Result], family: Sequence[str]) -> Iterator[Result]:
-    """Of one model the dense row, and those of the family and ToMoE at ratios that the family has."""
+    """Of one model the dense row, those of the family, and ToMoE near ratios of theirs: 2:4 keeps a bit over 50 %."""
     ratios = {result.ratio for result in group if _method(result) in family}
-    wanted = {*family, RIVAL}
-    yield from (r for r in group if ratios and (r.dense or (r.ratio in ratios and _method(r) in wanted)))
+    for result in group:
+        near = any(abs(result.ratio - ratio) <= UNEVEN for ratio in ratios)
+        if ratios and (result.dense or (near and _method(result) in {*family, RIVAL})):
+            yield result
 
 
 def _method(result: Result) -> str:

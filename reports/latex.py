@@ -1,6 +1,6 @@
 """Renders a `Table` as LaTeX: a fragment for a paper, and a document around it."""
 
-import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,15 +10,20 @@ from jinja2.runtime import LoopContext
 from markupsafe import Markup
 
 from reports.markup import environment, finalize, spans, texts
-from reports.panels import WIDEST, panels
+from reports.pages import pages
+from reports.panels import panels
 from reports.tables import Column, Table, plain
 
-PAGE = 45
-"""Lines that fit on a page."""
-WRAPPED = 30
-"""Characters in a line of a wrapped cell."""
-LINE = 150
+LINE = 130
 """Characters of a row that are still readable when shrunk to the width of a page."""
+WIDEST = 28
+"""Characters after which a cell is wrapped."""
+BREAK = "\u200b"
+"""Where a line may end; no visible text holds it."""
+LONG = re.compile(r"\S{21,}")
+"""A word that may be wider than a wrapped cell."""
+PIECE = re.compile(r"[^\W_]{6}|[\W_]")
+"""After what such a word may be broken."""
 # Commands that exist in LaTeX's default encoding; \char34 is the straight quote of the typewriter font only.
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -46,6 +51,7 @@ LATEX = {
     "±": r"\textpm{}",
     "≈": r"\ensuremath{\approx}",
     "¶": r"\textparagraph{}",
+    BREAK: r"\allowbreak{}",
 }
 COMMANDS = str.maketrans(LATEX)
 
@@ -53,10 +59,14 @@ COMMANDS = str.maketrans(LATEX)
 @lru_cache(maxsize=2**16)  # pages begin with the same header, panels with the same columns
 def escape_latex(text: str) -> Markup:
     """`text` as LaTeX sets it; a character it has no glyph for is named, as in [U+6A21]."""
-    escaped = plain(text).translate(COMMANDS)
+    escaped = LONG.sub(_breakable, plain(text)).translate(COMMANDS)
     if not escaped.isascii():
         escaped = "".join(char if char.isascii() else _named(char) for char in escaped)
     return Markup(escaped.replace("--", "-{}-"))
+
+
+def _breakable(word: re.Match[str]) -> str:
+    return PIECE.sub(rf"\g<0>{BREAK}", word[0])
 
 
 def _named(char: str) -> str:
@@ -76,8 +86,8 @@ TEX = environment(
 
 def fragment(table: Table) -> str:
     """A booktabs table to be `\\input` into a paper; one that is long or wide goes on in further ones."""
-    pages = [_page(page) for panel in panels(table, LINE) for page in _pages(panel)]
-    return TEX.get_template("table.tex").render(table=table, pages=pages, end=_end)
+    parts = [_part(part) for part in _parts(table)]
+    return TEX.get_template("table.tex").render(name=table.name, title=table.title, parts=parts, end=_end)
 
 
 def standalone(table: Table) -> str:
@@ -85,19 +95,14 @@ def standalone(table: Table) -> str:
     return TEX.get_template("standalone.tex").render(name=table.name)
 
 
-def _pages(table: Table) -> Iterator[Table]:
-    """The table in parts that a page holds."""
-    start, used = 0, 0
-    for index, row in enumerate(table.shown):
-        lines = max(1, *(math.ceil(len(text) / WRAPPED) for text in row))
-        if index > start and used + lines > PAGE:
-            yield replace(table, rows=table.rows[start:index])
-            start, used = index, 0
-        used += lines
-    yield replace(table, rows=table.rows[start:])
+def _parts(table: Table) -> Iterator[Table]:
+    """What a page holds; only the last panel has the notes."""
+    *before, last = panels(table, LINE, WIDEST)
+    for panel in (*(replace(panel, notes=()) for panel in before), last):
+        yield from pages(panel)
 
 
-def _page(table: Table) -> dict[str, Any]:
+def _part(table: Table) -> dict[str, Any]:
     rows = [Markup(" & ".join(row) + r" \\") for row in texts(table, escape_latex, r"\textbf{{{}}}")]
     columns = [[row[index] for row in table.shown] for index in range(len(table.columns))]
     kinds = Markup("".join(map(_kind, table.columns, columns)))
@@ -113,7 +118,7 @@ def _page(table: Table) -> dict[str, Any]:
 def _kind(column: Column, cells: Sequence[str]) -> str:
     """How a column is set: wrapped where a text is long."""
     if max(map(len, cells), default=0) > WIDEST:
-        return r">{\raggedright\arraybackslash}p{5.5cm}"
+        return r">{\raggedright\arraybackslash}p{12em}"
     return "l" if column.text else "r"
 
 

@@ -2,20 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from textwrap import wrap
 
-from reports.tables import Column, Table
+from reports.tables import Column, Table, plain
 
-WIDEST = 36
-"""Characters after which a cell is wrapped."""
 GAP = 4
 """Characters between columns, and that tabulate adds to a header."""
+SHARED = 12
+"""Characters in a line of a header that columns share."""
 NAMES = ("Method", "Settings", "Batch", "Measured")
 """Headers of columns that say which row it is, as do those before them."""
 
 
-def panels(table: Table, width: int) -> Iterator[Table]:
-    """Tables of at most `width` characters; one with a single column beside the names may be wider."""
-    widths = _widths(table)
+def panels(table: Table, width: int, widest: int) -> Iterator[Table]:
+    """Tables of at most `width` characters, where cells are wrapped after `widest` of them; one with a single column
+    beside the names may be wider."""
+    widths = _widths(table, widest)
     names = max((index for index, column in enumerate(table.columns, start=1) if column.label in NAMES), default=1)
     panel = start = list(range(names))
     for index in range(names, len(table.columns)):
@@ -26,14 +28,19 @@ def panels(table: Table, width: int) -> Iterator[Table]:
     yield _part(table, panel)
 
 
-def _widths(table: Table) -> list[int]:
+def _widths(table: Table, widest: int) -> list[int]:
     columns = [[row[index] for row in table.shown] for index in range(len(table.columns))]
     texts = ([*_header(column), *cells] for column, cells in zip(table.columns, columns, strict=True))
-    return [GAP + min(WIDEST, max(map(len, each))) for each in texts]
+    return [GAP + min(widest, max(map(len, each))) for each in texts]
 
 
-def _header(column: Column) -> tuple[str, str]:
-    return column.group, column.label
+def _header(column: Column) -> list[str]:
+    return [*shared(column.group), column.label]
+
+
+def shared(group: str) -> list[str]:
+    """The lines of a header that columns share."""
+    return wrap(plain(group), SHARED, break_long_words=False, break_on_hyphens=False)
 
 
 def _part(table: Table, panel: Sequence[int]) -> Table:

@@ -111,10 +111,10 @@ def _rows(
 def _published(lines: Sequence[Line], slots: Sequence[Slot]) -> Iterator[tuple[Cell, ...]]:
     """One row per name that the paper gives the method, its ratios in the columns."""
     for name in dict.fromkeys(line.method for line in lines):
-        named = {line.key[1]: line for line in lines if line.method == name}
+        named = {line.ratio: line for line in lines if line.method == name}
         at = ((named.get(ratio), str(metric)) for metric, ratio in slots)
         cells = (line.cell(metric) if line else Cell(None) for line, metric in at)
-        yield Cell(lines[0].key[0]), Cell(name), *cells
+        yield Cell(lines[0].model), Cell(name), *cells
 
 
 def _ordered(methods: Iterable[str]) -> list[str]:

@@ -75,10 +75,9 @@ def test_names_with_signs_of_every_format_stay_text(tmp_path: Path) -> None:
     assert not [
         file for file, text in found.items() if re.search(r"(?<!\\)<script>alert", text) and file[-4:] != ".csv"
     ]
-    assert (
-        set(FORMATS) == {file.partition(".")[2] for file in found if "figures/" not in file}
-        and r"\textless{}script" in found["size.tex"]
-    )
+    assert set(FORMATS) == {
+        file.partition(".")[2] for file in found if "figures/" not in file
+    } and r"\textless{}script" in found["size.tex"].replace(r"\allowbreak{}", "")
 
 
 def test_a_speed_of_nothing_has_no_price(tmp_path: Path) -> None:

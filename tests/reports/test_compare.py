@@ -1,5 +1,6 @@
 """Two folders against each other."""
 
+import math
 import random
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def compare(tmp_path: Path, first: list[dict[str, Any]], second: list[dict[str, 
 
 
 def verdicts(table: Table) -> dict[tuple[str, str], str]:
-    return {(str(row[3].value), str(row[4].value)): str(row[-1].value) for row in table.rows}
+    return {(str(row[4].value), str(row[5].value)): str(row[-1].value) for row in table.rows}
 
 
 @pytest.mark.parametrize(("nats", "verdict"), [(0.1, "worse"), (-0.1, "better"), (0.0, "tied")])
@@ -50,10 +51,10 @@ def test_more_right_answers_are_better_by_mcnemar_and_holm(tmp_path: Path) -> No
     more = [max(value, float(index % 10 == 1)) for index, value in enumerate(RIGHT)]
     alone = int(sum(more) - sum(RIGHT))
     table = compare(tmp_path, [record()], [record(right=more)])
-    (row,) = [row for row in table.rows if row[4].value == ACC]
-    assert row[11].value == pytest.approx(stats.binomtest(0, alone).pvalue)
-    assert row[12].value == pytest.approx(min(1, 2 * stats.binomtest(0, alone).pvalue))
-    assert row[7].value == pytest.approx(100 * alone / len(RIGHT)) and row[-1].value == "tied"
+    (row,) = [row for row in table.rows if row[5].value == ACC]
+    assert row[12].value == pytest.approx(stats.binomtest(0, alone).pvalue)
+    assert row[13].value == pytest.approx(min(1, 2 * stats.binomtest(0, alone).pvalue))
+    assert row[8].value == pytest.approx(100 * alone / len(RIGHT)) and row[-1].value == "tied"
     every = compare(tmp_path / "every", [record()], [record(right=[1.0] * 60)])
     assert verdicts(every)["slicegpt", ACC] == "better"
 
@@ -69,6 +70,39 @@ def test_cells_of_one_folder_only_are_named(tmp_path: Path) -> None:
 def test_other_settings_are_other_cells(tmp_path: Path) -> None:
     table = compare(tmp_path, [record()], [record(cell__method_config={"angular": True})])
     assert table.rows == () and any("no cell that both" in note for note in table.notes)
+    why = "Other settings in A (angular=False) than in B (angular=True): tiny-llama slicegpt at 60 %."
+    assert why in table.notes and not any(note.startswith("Only in") for note in table.notes)
+
+
+def test_a_setting_that_one_folder_lacks_is_named_once_for_all_cells(tmp_path: Path) -> None:
+    budget = factory.record()["cell"]["budget"]
+    more = [record(method, cell__budget=budget | {"new": 3}) for method in ("slicegpt", "sleb")]
+    table = compare(tmp_path, [record(), record("sleb")], more)
+    both = "tiny-llama sleb at 60 %; tiny-llama slicegpt at 60 %"
+    assert f"Other settings in A (none) than in B (budget.new=3): {both}." in table.notes
+
+
+def test_the_nearest_settings_are_told_and_the_others_are_in_one_folder_only(tmp_path: Path) -> None:
+    near, far = {"angular": False, "depth": 2}, {"angular": True, "depth": 2}
+    both = [record(cell__method_config=config, cell__id=str(config)) for config in (far, near)]
+    table = compare(tmp_path, [record()], both)
+    assert "Other settings in A (none) than in B (depth=2): tiny-llama slicegpt at 60 %." in table.notes
+    assert "Only in B: tiny-llama slicegpt (angular=True) at 60 %." in table.notes
+    assert not any(note.startswith("Only in A") for note in table.notes)
+
+
+@pytest.mark.parametrize(("apart", "verdict"), [(0.03, "not compared: not of one size"), (0.015, "better")])
+def test_a_larger_model_is_not_called_better(tmp_path: Path, apart: float, verdict: str) -> None:
+    larger = record(nats=-0.1)
+    larger["size"] |= {"active_total": larger["size"]["active_total"] + round(apart * 2_872_320), "on_budget": False}
+    table = compare(tmp_path, [record()], [larger])
+    assert verdicts(table)["slicegpt", PPL] == verdict
+    (row,) = [row for row in table.rows if row[5].value == PPL]
+    assert [str(column) for column in table.columns[2:4]] == ["Counted, %: A", "Counted, %: B"]
+    assert row[3].value == pytest.approx(row[2].value + 100 * apart, abs=1e-3)  # type: ignore[operator]
+    assert (row[2].marks, row[3].marks) == ("", "†") and row[8].value == pytest.approx(math.exp(-0.1), rel=0.01)
+    assert any(note.startswith("†") for note in table.notes)
+    assert any("2 not compared" in note for note in table.notes) == (apart > 0.02)
 
 
 def test_other_documents_and_versions_are_refused_with_both_named(tmp_path: Path) -> None:

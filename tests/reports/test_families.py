@@ -27,6 +27,13 @@ def test_rows_of_the_family_at_its_own_ratios(tmp_path: Path) -> None:
     ]
 
 
+def test_tomoe_is_beside_a_pattern_that_keeps_a_little_more(tmp_path: Path) -> None:
+    table = semi_structured_table(
+        results(tmp_path, *(factory.record(method=m, ratio=r) for m, r in [("wanda", 0.5195), ("tomoe", 0.5)]))
+    )
+    assert table and [row[3].value for row in table.rows] == ["dense", "wanda", "tomoe"]
+
+
 def test_the_share_of_the_whole_model_is_counted(tmp_path: Path) -> None:
     size = {**factory.record(method="wanda", ratio=0.6)["size"], "active_total": 1_436_160, "dense_params": 2_872_320}
     table = semi_structured_table(results(tmp_path, factory.record(method="wanda", ratio=0.6, size=size)))

@@ -99,6 +99,7 @@ LATEX_TOKEN = re.compile(
     | \\([{}$&#%_])              # a sign of LaTeX's own
     | \{([][*])\}               # what the end of a row would take for its option
     | (-)\{\}(?=-)              # not a dash
+    | \\allowbreak\{\}()         # where a line may end
     | -(?!-)
     | [^-\\{}$&#%_^~<>|"'`[\]*]""",
     re.VERBOSE,
@@ -175,7 +176,7 @@ def every() -> list[Table]:
 @pytest.fixture
 def unbroken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables as wide and long as they are."""
-    for limit in ("reports.latex.LINE", "reports.latex.PAGE", "reports.terminal.WIDEST"):
+    for limit in ("reports.latex.LINE", "reports.pages.PAGE", "reports.terminal.WIDEST"):
         monkeypatch.setattr(limit, ENDLESS)
 
 
@@ -243,44 +244,119 @@ def test_golden_perplexity_table(tmp_path: Path, suffix: str) -> None:
     assert FORMATS[suffix](paper_tables(tmp_path)[0]) == (GOLDENS / f"perplexity.{suffix}").read_text(encoding="utf-8")
 
 
-def compiled(folder: Path, table: Table) -> None:
-    """Set the stand-alone document, without any warning."""
-    for suffix in ("tex", "standalone.tex"):
-        (folder / f"t.{suffix}").write_text(FORMATS[suffix](table), encoding="utf-8")
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.standalone.tex"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="latin-1", check=False)
+DOCUMENTS = ("standalone", "article", "article,twocolumn", "article,12pt")
+PAPER = r"""\documentclass[%s]{%s}
+\usepackage{array,booktabs,graphicx}
+\begin{document}
+Table~\ref{tab:t}. %s
+\input{t.tex}
+\end{document}
+"""
+
+
+def compiled(folder: Path, table: Table, kind: str = "standalone") -> str:
+    """The log of a document that holds the table, set without any warning."""
+    (folder / "t.tex").write_text(FORMATS["tex"](table), encoding="utf-8")
+    name, _, option = kind.partition(",")
+    paper = FORMATS["standalone.tex"](table) if kind == "standalone" else PAPER % (option, name, "A paper. " * 200)
+    (folder / "d.tex").write_text(paper, encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "d.tex"]
+    for _ in ("once", "with its labels"):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="latin-1", check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "Warning" not in done.stdout and "Missing character" not in done.stdout
+    for trouble in ("Warning", "Missing character", "Overfull"):
+        assert trouble not in done.stdout, done.stdout[-2000:]
+    return done.stdout
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX on this machine")
+NEEDS_TEX = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX on this machine")
+
+
+@NEEDS_TEX
 def test_latex_compiles(tmp_path: Path) -> None:
     names = (HOSTILE, "[starts a row", "* too", "模型 † ‡")
     rows = tuple((Cell(name), Cell(1.5, 0.2, HOSTILE, "†‡¶")) for name in names)
     compiled(tmp_path, replace(table_of(*rows), notes=(HOSTILE, "A note.")))
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX on this machine")
-def test_long_latex_tables_go_on_on_further_pages(tmp_path: Path) -> None:
-    table = table_of(*((Cell("a"), Cell(index)) for index in range(1000)))
-    compiled(tmp_path, table)
+@NEEDS_TEX
+@pytest.mark.parametrize("kind", DOCUMENTS)
+@pytest.mark.parametrize("columns", [2, 14])
+@pytest.mark.parametrize("rows", [6, 51, 600])
+def test_latex_tables_fit_their_pages(tmp_path: Path, rows: int, columns: int, kind: str) -> None:
+    name = "model_with_a_long_name-{}/" + 3 * "averyverylongpart"
+    cells = tuple((Cell(name.format(i // 9)), *(Cell(1000.5 + i, 9.5) for _ in range(columns))) for i in range(rows))
+    heads = (Column("Model", text=True), *(Column(f"column {i}", f"Group {i // 4}") for i in range(columns)))
+    notes = ("A note of some length about what is above it, " * 90, *20 * ("Another note, " * 9,))
+    compiled(
+        tmp_path, Table(name="t", title="T", caption="Caption. " * 40, columns=heads, rows=cells, notes=notes), kind
+    )
+
+
+@NEEDS_TEX
+def test_a_caption_takes_room_on_its_page(tmp_path: Path) -> None:
+    table = replace(table_of(*((Cell("a"), Cell(index)) for index in range(35))), caption="A caption. " * 150)
+    compiled(tmp_path, table, "article")
+
+
+@NEEDS_TEX
+def test_the_letters_of_a_wide_table_can_be_read(tmp_path: Path) -> None:
+    names = (Column("Model", text=True), Column("Method", text=True))
+    heads = (*names, *(Column(f"{i} %", "wikitext2 @2048") for i in range(12)))
+    cells = (Cell("smollm2-135m-q4"), Cell("tomoe (experts=8, learning_rate=None)"), *12 * [Cell(100.25, 2.5)])
+    table = Table(name="t", title="T", caption="C.", columns=heads, rows=3 * (cells,))
+    compiled(tmp_path, table, "article")
+    (tmp_path / "d.tex").write_text(WIDTHS + (tmp_path / "d.tex").read_text())
+    command = ["pdflatex", "-interaction=nonstopmode", "d.tex"]
+    log = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="latin-1", check=False).stdout
+    widths = [float(width) for width in re.findall(r"natural width ([\d.]+)pt", log)]
+    assert len(widths) > 1 and all(10 * 345 / width >= 6 for width in widths)
+
+
+WIDTHS = r"""\AddToHook{begindocument}{\let\plain\tabular\let\endplain\endtabular
+\renewenvironment{tabular}[1]{\setbox0\hbox\bgroup\plain{#1}}{%
+\endplain\egroup\typeout{natural width \the\wd0}\box0}}
+"""
+
+
+def parts_of(text: str) -> list[str]:
+    """The floats of a fragment."""
+    return re.findall(r"\\begin\{table\*\}.*?\\end\{table\*\}", text, re.DOTALL)
+
+
+def test_long_latex_tables_go_on_with_their_number_and_block() -> None:
+    table = table_of(*((Cell("a"), Cell(index)) for index in range(100)))
+    parts = parts_of(FORMATS["tex"](table))
+    rows = [read_latex(part) for part in parts]
+    assert [row[1] for part in rows for row in part] == [str(index) for index in range(100)]
+    assert len(parts) > 2 and all(part[0][0] == "a" for part in rows)
+    assert r"\caption{Title. Caption.}" in parts[0] and r"\label{tab:t}" in parts[0]
+    for part in parts[1:]:
+        assert r"\addtocounter{table}{-1}" in part and r"\caption{Title (continued)}" in part and "label" not in part
+
+
+def test_notes_are_in_the_last_part_of_a_latex_table() -> None:
+    table = replace(table_of(*((Cell("a"), Cell(index)) for index in range(40))), notes=("A note.", "word " * 1200))
     text = FORMATS["tex"](table)
-    pages = [read_latex(f"\\midrule\n{page}") for page in text.split("\\midrule\n")[1:]]
-    assert [row[1] for page in pages for row in page] == [str(index) for index in range(1000)]
-    assert all(page[0][0] == "a" for page in pages) and text.count("(continued)") == len(pages) - 1 == 22
+    first, last, *more = parts_of(text)
+    assert "note" not in first and "A note." in last and read_latex(last)[-1] == ["", "39"]
+    assert len(more) == 2 and all("word" in part and "tabular" not in part for part in more)
+    assert "".join(parts_of(text)).count("word") == text.count("word") == 1200
 
 
 def test_wide_latex_tables_repeat_the_names(tmp_path: Path) -> None:
-    table = paper_tables(tmp_path)[0]
-    parts = [read_latex(part) for part in FORMATS["tex"](table).split("\\clearpage")]
-    assert len(parts) > 1 and all([row[:2] for row in part] == [row[:2] for row in parts[0]] for part in parts)
-    joined = [[cell for part in rows for cell in part[2:]] for rows in zip(*parts, strict=True)]
+    table = replace(paper_tables(tmp_path)[0], notes=("A note.",))
+    parts = parts_of(FORMATS["tex"](table))
+    panels = list(map(read_latex, parts))
+    assert len(panels) > 1 and all([row[:2] for row in panel] == [row[:2] for row in panels[0]] for panel in panels)
+    joined = [[cell for part in rows for cell in part[2:]] for rows in zip(*panels, strict=True)]
     assert joined == [row[2:] for row in table.shown]
+    assert ["A note." in part for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
-def test_wrapped_latex_rows_count_for_what_they_are(tmp_path: Path) -> None:
-    text = FORMATS["tex"](table_of(*((Cell(f"{index} " + "word " * 60), Cell(index)) for index in range(9))))
-    assert text.count("\\begin{tabular}{>{\\raggedright\\arraybackslash}p{5.5cm}r}") == 3
+def test_wrapped_latex_rows_count_for_what_they_are() -> None:
+    text = FORMATS["tex"](table_of(*((Cell(f"{index} " + "word " * 40), Cell(index)) for index in range(9))))
+    assert len(parts_of(text)) == 5 and text.count(r"{>{\raggedright\arraybackslash}p{12em}r}") == 5
 
 
 def test_a_narrow_terminal_gets_the_columns_below_each_other() -> None:
@@ -290,6 +366,17 @@ def test_a_narrow_terminal_gets_the_columns_below_each_other() -> None:
     assert max(map(len, text.splitlines())) <= 60
     assert [int(digit) for digit in re.findall(r"  (\d)\b", text)] == list(range(9)) and text.count("a method with") > 1
     assert [number for number in re.findall(r"\bc(\d)\b", text)] == [str(i) for i in range(9)]
+
+
+def test_a_shared_header_does_not_widen_its_columns() -> None:
+    columns = (Column("Method", text=True), *(Column(f"c{i}", "Parameters, in millions") for i in range(3)))
+    row = (Cell("tomoe"), *map(Cell, range(3)))
+    text = terminal(Table(name="t", title="T", caption="C.", columns=columns, rows=(row,)), 60)
+    assert text.count("tomoe") == 1 and text.count("Parameters,") == 3 and text.count("in millions") == 3
+    assert max(map(len, text.splitlines())) <= 60
+    long = replace(columns[1], group="g" * 50)
+    text = terminal(Table(name="t", title="T", caption="C.", columns=(columns[0], long), rows=(row[:2],)), 60)
+    assert max(map(len, text.splitlines())) <= 60
 
 
 def test_the_best_has_a_star_in_a_terminal() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import models
 from reports import published
 from reports.accuracy import zero_shot_table
 from reports.families import semi_structured_table
@@ -44,7 +45,7 @@ def numbers(table: Table | None, method: str) -> list[str]:
 
 
 def test_every_published_row_has_our_names() -> None:
-    lines = [line for below in published._lines().values() for line in below]
+    lines = [line for shares in published._lines().values() for below in shares.values() for line in below]
     files = (published.FOLDER.glob(pattern) for pattern in ("*_ppl_*.csv", "*_zeroshot_*.csv"))
     rows = {tuple(row.items())[2:-1] for found in files for path in found for row in published.read(path.name)}
     twice = 2  # Tables 1 and 2 both have ToMoE at 50 %
@@ -82,6 +83,10 @@ def test_doubts_are_marked_and_explained(tmp_path: Path) -> None:
     assert row["hellaswag: acc_norm"] == "63.43" and "¶" in row["hellaswag: acc_norm remarks"]
     assert [name for name in row if name.endswith("remarks")] == ["hellaswag: acc_norm remarks"]
     assert table and any("equals the 70% row" in note for note in table.notes)
+    other = zero_shot_table(results(tmp_path / "other", llama("modegpt", 0.7)))
+    (row,) = [row for row in rows(other) if row["Method"] == "ModeGPT, published"]
+    assert (row["hellaswag: acc_norm"], row["hellaswag: acc_norm remarks"]) == ("63.26", "¶")
+    assert "arc_easy: acc_norm remarks" not in row
     dense = perplexity_table(results(tmp_path / "dense", llama("dense", 1.0)))
     assert dense and any("4096-token window" in note for note in dense.notes)
 
@@ -93,7 +98,7 @@ def test_other_settings_have_nothing_published(tmp_path: Path, changes: dict[str
     found = results(tmp_path, llama("tomoe", 0.5, **changes))
     for table in (perplexity_table(found), zero_shot_table(found)):
         assert not any("published" in row["Method"] for row in rows(table))
-        assert table and not any("published" in note for note in table.notes)
+        assert table and not any("Rows that say published" in note for note in table.notes)
 
 
 def test_other_windows_and_tasks_have_nothing_published(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_other_windows_and_tasks_have_nothing_published(tmp_path: Path) -> None:
 
 
 def test_published_numbers_change_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worse = [llama("tomoe", 0.5, 99.0, 0.3), llama("slicegpt", 0.5, 98.0, 0.31), llama("wanda", 0.5, 98.5)]
+    worse = [llama("tomoe", 0.5, 99.0, 0.3), llama("slicegpt", 0.5, 98.0, 0.31), pattern("wanda", 0.5, ppl=98.5)]
     found = results(tmp_path, *worse)
     builders = (perplexity_table, zero_shot_table, semi_structured_table, significance_table)
     tables = [table for builder in builders if (table := builder(found))]
@@ -119,6 +124,42 @@ def test_published_numbers_change_nothing_of_ours(tmp_path: Path, monkeypatch: p
     assert [list(table.rows) for table in without] == ours
 
 
-def test_semi_structured_rows_are_the_papers_table_2(tmp_path: Path) -> None:
-    table = semi_structured_table(results(tmp_path, llama("wanda", 0.5), llama("tomoe", 0.5)))
+def pattern(method: str, ratio: float, basis: str = "total", pattern: str = "2:4", **changes: Any) -> dict[str, Any]:
+    return llama(method, ratio, cell__method_config={"pattern": pattern}, cell__ratio_basis=basis, **changes)
+
+
+@pytest.mark.parametrize(("basis", "ratio"), [("total", 0.5195), ("block", 0.5)])
+def test_semi_structured_rows_are_the_papers_table_2(tmp_path: Path, basis: str, ratio: float) -> None:
+    table = semi_structured_table(results(tmp_path, pattern("wanda", ratio, basis), llama("tomoe", 0.5)))
     assert "11.02" in numbers(table, "Wanda (2:4), published") and "8.36" in numbers(table, "ToMoE, published")
+    by_text = perplexity_table(results(tmp_path / "ppl", pattern("wanda", ratio, basis)))
+    assert rows(by_text)[1][f"wikitext2 @4096: {100 * ratio:g} %"] == "11.02"
+
+
+def test_a_pattern_is_compared_with_no_other_pattern(tmp_path: Path) -> None:
+    table = perplexity_table(results(tmp_path, pattern("wanda", 0.5, pattern="unstructured")))
+    assert table and [row["Method"] for row in rows(table)] == ["wanda"]
+    assert "Published at other settings only, of all parameters, so not shown: llama2-7b wanda (2:4)." in table.notes
+
+
+def test_models_named_by_their_hub_id_have_the_papers_numbers(tmp_path: Path) -> None:
+    assert {name: models.resolve(name.replace("--", "/", 1)).name for name in published.HUB} == {
+        name: name for name in published.HUB
+    }
+    ours = {models.ZOO[alias].location.replace("/", "--"): alias for alias in published.MODELS.values()}
+    assert ours == published.HUB
+    name = "meta-llama--Llama-2-7b-hf"
+    table = zero_shot_table(results(tmp_path, llama("tomoe", 0.5, cell__model=name)))
+    assert [(row["Model"], row["Method"]) for row in rows(table)] == [(name, "tomoe"), (name, "ToMoE, published")]
+
+
+def test_what_is_published_at_other_settings_only_is_told_once(tmp_path: Path) -> None:
+    block = [llama("tomoe", ratio, cell__ratio_basis="block") for ratio in (0.5, 0.4)]
+    told = "Published at other settings only, of all parameters, so not shown: llama2-7b tomoe ({})."
+    for table, shares in (
+        (perplexity_table(results(tmp_path / "ppl", *block)), "70 %, 60 %, 50 %"),
+        (zero_shot_table(results(tmp_path / "tasks", *block)), "60 %, 50 %"),
+    ):
+        assert table and [note for note in table.notes if "other settings" in note] == [told.format(shares)]
+    matched = perplexity_table(results(tmp_path / "matched", *block, llama("tomoe", 0.5, cell__id="total")))
+    assert matched and not any("other settings" in note for note in matched.notes)
