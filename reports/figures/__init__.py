@@ -5,14 +5,17 @@ with files.drawing(plots) as drawn:
     contents = drawn()
 
 plot, files       what a figure is; its files
-style             looks: `report.mplstyle`, a colour and marker per method, legends
+looks, style      a colour and marker per method, a colour per ratio; `report.mplstyle`, panels and curves
+legends, scale    legends and long names; logarithmic axes
 select            which results are shown
 the others        a family of figures each, listed in `FAMILIES`
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from reports.figures import ablation, cost, experts, quality, speed, training, widths
+from reports.figures.looks import Looks, looks
 from reports.figures.plot import Family, Gap, Plot, Rows, file_name, remedy
 from reports.results import Result, by_model
 
@@ -121,11 +124,12 @@ FAMILIES = (
 
 def figures(results: Sequence[Result]) -> tuple[list[Plot], list[Gap]]:
     """What can be shown of the results, model by model, and what cannot."""
-    made = [_made(family, group) for family in FAMILIES for group in by_model(results)]
+    shown = looks(results)
+    made = [_made(family, group, shown) for family in FAMILIES for group in by_model(results)]
     return [one for one in made if isinstance(one, Plot)], [one for one in made if isinstance(one, Gap)]
 
 
-def _made(family: Family, results: Sequence[Result]) -> Plot | Gap:
+def _made(family: Family, results: Sequence[Result], looks: Looks) -> Plot | Gap:
     model, content = results[0].model, family.build(results)
     if content is None:
         return Gap(family.title, model, family.needs, remedy(results, family.arguments))
@@ -134,7 +138,7 @@ def _made(family: Family, results: Sequence[Result]) -> Plot | Gap:
         title=f"{family.title}: {model}",
         caption=f"{content.caption} {_origin(content.rows)}",
         rows=content.rows,
-        draw=content.draw,
+        draw=partial(content.draw, looks),
     )
 
 

@@ -1,56 +1,53 @@
 """What compressing took, against what it gave."""
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from reports.figures.legends import method_legend, wrapped
+from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, grouped
-from reports.figures.select import MAIN, busiest, identity, main, quality
-from reports.figures.style import curve, logarithmic, method_legend, method_legend_height, panels, share
+from reports.figures.scale import logarithmic
+from reports.figures.select import ALIKE, ERRORS, busiest, compressed, identity, main, measured, quality, usual, value
+from reports.figures.style import curve, panels, share
 from reports.results import Result
 from reports.standings import lower_is_better
-from reports.tables import plain
 
 
 def build(results: Sequence[Result]) -> Content | None:
     """Seconds against quality; None where no compressed model has both."""
-    name = quality(results)
-    shown = busiest(main(results))
-    rows = [row for result in shown if name and (row := _row(result, name))]
-    if not rows:
+    timed = [result for result in results if _times(result)]
+    name = quality(compressed(timed))
+    shown = busiest(main(usual(measured(timed, name)))) if name else []
+    if not shown:
         return None
     caption = (
         f"{name} against the seconds that compressing took (training and fine-tuning included, evaluation not), at "
-        f"{share(shown[0].ratio)} asked. Hollow markers are fine-tuned. {MAIN}"
+        f"{share(shown[0].ratio)} asked; {ERRORS}. Hollow markers are fine-tuned. {ALIKE}"
     )
-    return Content(caption=caption, rows=rows, draw=draw)
+    return Content(caption=caption, rows=[_row(result, str(name)) for result in shown], draw=draw)
 
 
-def _row(result: Result, name: str) -> Row | None:
-    times = [record.time for record in result.records if record.time.get("compress_s")]
-    found = result.metric(name)
-    if not times or found is None or not math.isfinite(found.value):
-        return None
-    return {
-        **identity(result),
-        "metric": name,
-        "seconds": fmean(time["compress_s"] + time.get("recover_s", 0) for time in times),
-        "quality": found.value,
-        "quality_error": found.error,
-    }
+def _times(result: Result) -> list[float]:
+    """Seconds of each seed."""
+    times = (record.time for record in result.records if record.time.get("compress_s"))
+    return [time["compress_s"] + (time.get("recover_s") or 0) for time in times]
 
 
-def draw(rows: Rows) -> Figure:
+def _row(result: Result, name: str) -> Row:
+    return {**identity(result), "metric": name, "seconds": fmean(_times(result)), **value(result, name, "quality")}
+
+
+def draw(looks: Looks, rows: Rows) -> Figure:
     """One panel, both axes logarithmic where the quality is a perplexity."""
-    figure, (panel,) = panels(1, 2.2, method_legend_height(rows))
-    for (_, _), points in grouped(rows, "method", "fine_tuned").items():
-        curve(panel, points, "seconds", "quality", "")
+    figure, (panel,) = panels(1, 2.2)
+    for (name, _), points in grouped(rows, "method", "fine_tuned").items():
+        curve(panel, looks.methods[name], points, "seconds", "quality", "")
     metric = str(rows[0]["metric"])
-    panel.set(xlabel="seconds to compress", ylabel=plain(metric))
-    logarithmic(panel, "x", (1,))
+    panel.set(xlabel="seconds to compress", ylabel=wrapped(metric))
+    logarithmic(panel, "x")
     if lower_is_better((metric,)):
         logarithmic(panel, "y")
-    method_legend(figure, rows)
+    method_legend(figure, rows, looks)
     return figure

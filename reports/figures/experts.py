@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from reports.beside import Beside
 from reports.beside.structure import Layer, Mixture
+from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, column, grouped
 from reports.figures.select import beside, spread
 from reports.figures.style import COLUMN, panels, share, whole
@@ -50,11 +52,13 @@ def _content(
     results: Sequence[Result],
     rows_of: Callable[[Sequence[Layer]], Iterator[Row]],
     caption: str,
-    draw: Callable[[Rows], Figure],
+    draw: Callable[[Looks, Rows], Figure],
 ) -> Content | None:
-    models = beside(results, lambda lying: lying.structure)
-    found = [[{**run, **row} for row in rows_of(model.layers)] for run, model in models]
-    rows = [row for shown in spread([rows for rows in found if rows], PANELS) for row in shown]
+    def read(lying: Beside) -> list[Row] | None:
+        return list(rows_of(lying.structure.layers)) or None if lying.structure else None
+
+    shown = spread(list(beside(results, read)), PANELS)
+    rows = [{**run, **row} for run, found in shown for row in found]
     return Content(caption=caption, rows=rows, draw=draw) if rows else None
 
 
@@ -82,10 +86,10 @@ def _mixtures(layers: Sequence[Layer]) -> list[tuple[Layer, Mixture]]:
     return [(layer, layer.mixture) for layer in layers if layer.mixture]
 
 
-def draw_widths(rows: Rows) -> Figure:
+def draw_widths(looks: Looks, rows: Rows) -> Figure:
     """A panel per ratio, a box per layer."""
     ratios = grouped(rows, "ratio")
-    figure, axes = panels(len(ratios), 1.3, 0.2)
+    figure, axes = panels(len(ratios), 1.3)
     for panel, (ratio, model) in zip(axes, ratios.items(), strict=True):
         boxes = grouped(model, "layer")
         _boxes(panel, [column(box, "width") for box in boxes.values()], list(boxes))
@@ -110,7 +114,7 @@ def _boxes(panel: Axes, values: list[list[float]], places: list[float]) -> None:
     )
 
 
-def draw_similarity(rows: Rows) -> Figure:
+def draw_similarity(looks: Looks, rows: Rows) -> Figure:
     """A row of panels per ratio, a panel per layer."""
     cells = grouped(rows, "ratio", "layer")
     down = len(grouped(rows, "ratio"))
@@ -127,17 +131,16 @@ def draw_similarity(rows: Rows) -> Figure:
     return figure
 
 
-def draw_loads(rows: Rows) -> Figure:
+def draw_loads(looks: Looks, rows: Rows) -> Figure:
     """A panel per ratio: layers across, experts upwards."""
     ratios = grouped(rows, "ratio")
-    furthest = max(abs(value - 1) for value in column(rows, "over_even")) or 1
-    colours = ScalarMappable(Normalize(1 - furthest, 1 + furthest), "PuOr_r")
-    figure, axes = panels(len(ratios), 1.2, 0.2)
+    colours = ScalarMappable(TwoSlopeNorm(1, 0, max(2, *column(rows, "over_even"))), "PuOr_r")
+    figure, axes = panels(len(ratios), 1.2)
     for panel, (ratio, model) in zip(axes, ratios.items(), strict=True):
         _map(panel, model, ("layer", "expert"), "over_even", colours)
         panel.set(title=share(ratio), ylabel="expert")
     axes[-1].set_xlabel("layer")
-    figure.colorbar(colours, ax=axes, label="tokens over an even share")
+    figure.colorbar(colours, ax=axes, label="tokens / even share")
     return figure
 
 
@@ -146,7 +149,7 @@ def _map(panel: Axes, rows: Rows, axes: tuple[str, str], value: str, colours: Sc
     x, y = (np.array(column(rows, key), int) for key in axes)
     grid = np.full((y.max() + 1, x.max() + 1), np.nan)
     grid[y, x] = column(rows, value)
-    low, high = colours.get_clim()
-    panel.imshow(grid, origin="lower", aspect="auto", cmap=colours.cmap, vmin=low, vmax=high, interpolation="nearest")
+    image = panel.imshow(grid, origin="lower", aspect="auto", cmap=colours.cmap, interpolation="nearest")
+    image.set_norm(colours.norm)
     panel.grid(False)
     whole(panel)

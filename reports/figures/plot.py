@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from reports.commands import CELL, command, of_cell, once, parsed, without
+from reports.figures.looks import Looks
 from reports.results import Result
 
 Row = Mapping[str, Any]
@@ -43,8 +44,8 @@ class Content:
     """A sentence or two."""
     rows: Rows
     """At least one."""
-    draw: Callable[[Rows], Figure]
-    """As in `Plot`."""
+    draw: Callable[[Looks, Rows], Figure]
+    """Draws the rows with the looks of the report, and reads nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)

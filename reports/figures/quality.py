@@ -1,24 +1,26 @@
 """How good the compressed models are at the size they were counted to have: every method, with error bars."""
 
-import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.accuracy import judged
-from reports.comparison import Measured, MetricName, metric_names
+from reports.comparison import MetricName, metric_names
+from reports.figures.legends import method_legend, wrapped
+from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, grouped
-from reports.figures.select import MAIN, identity, main
-from reports.figures.style import curve, logarithmic, look, method_legend, method_legend_height, panels
+from reports.figures.scale import logarithmic
+from reports.figures.select import ALIKE, ERRORS, compressed, identity, main, measured, usual, value
+from reports.figures.style import curve, lowest, panels
 from reports.perplexity import texts
 from reports.results import Result
-from reports.tables import plain
 
-ERRORS = "error bars are one standard error, or the standard deviation over seeds where there are several"
+TOTAL = "counted share of all active parameters, %"
+BLOCK = "counted share of the blocks' active parameters, %"
 SHOWN = (
     f"against the counted share of active parameters; {ERRORS}; the dashed line is the dense model, hollow markers are "
-    f"fine-tuned. {MAIN} What was measured under other conditions than most (‡ in the tables) is left out."
+    f"fine-tuned. {ALIKE}"
 )
 
 
@@ -40,65 +42,55 @@ def mmlu(results: Sequence[Result]) -> Content | None:
 
 
 def _content(
-    results: Sequence[Result], names: Sequence[MetricName], draw: Callable[[Rows], Figure], caption: str
+    results: Sequence[Result], names: Sequence[MetricName], draw: Callable[[Looks, Rows], Figure], caption: str
 ) -> Content | None:
     scale = 100 if draw is draw_accuracy else 1
-    rows = [row for name in names for row in _rows(results, str(name), scale)]
+    shown = {str(name): measured(results, str(name)) for name in names}
+    alike = set(usual([result for result in results if any(map(result.metric, shown))]))
+    rows = [row for name in shown for row in _rows([r for r in shown[name] if r in alike], name, scale)]
     return Content(caption=caption, rows=rows, draw=draw) if rows else None
 
 
 def _rows(results: Sequence[Result], name: str, scale: float) -> list[Row]:
-    """What can be compared of one metric; nothing where that is the dense model only."""
-    measured = Measured(name, results)
-    alike = [result for result in results if result.metric(name) and not measured.unlike(result)]
-    rows = [row for result in main(alike) if (row := _row(result, name, scale))]
-    return rows if any(row["method"] != "dense" for row in rows) else []
+    """The main settings' values; nothing where there is the dense model only."""
+    counted = [result for result in results if result.achieved is not None]
+    shown = main(counted) if compressed(counted) else []
+    return [{"metric": name, **identity(result), **value(result, name, "value", scale)} for result in shown]
 
 
-def _row(result: Result, name: str, scale: float) -> Row | None:
-    found = result.metric(name)
-    if found is None or result.achieved is None or not math.isfinite(found.value):
-        return None
-    return {
-        "metric": name,
-        **identity(result),
-        "counted": 100 * result.achieved,
-        "value": scale * found.value,
-        "value_error": None if found.error is None else scale * found.error,
-    }
-
-
-def draw_perplexity(rows: Rows) -> Figure:
+def draw_perplexity(looks: Looks, rows: Rows) -> Figure:
     """A panel per text."""
-    figure, axes = _panels(rows)
+    figure, axes = _panels(rows, looks)
     for panel in axes:
         panel.set_ylabel("perplexity")
         logarithmic(panel, "y")
     return figure
 
 
-def draw_accuracy(rows: Rows) -> Figure:
+def draw_accuracy(looks: Looks, rows: Rows) -> Figure:
     """A panel per task."""
-    figure, axes = _panels(rows)
+    figure, axes = _panels(rows, looks)
     for panel in axes:
         panel.set_ylabel("right answers, %")
     return figure
 
 
-def _panels(rows: Rows) -> tuple[Figure, list[Axes]]:
+def _panels(rows: Rows, looks: Looks) -> tuple[Figure, list[Axes]]:
     metrics = grouped(rows, "metric")
-    figure, axes = panels(len(metrics), 1.9, method_legend_height(rows))
-    for panel, (name, measured) in zip(axes, metrics.items(), strict=True):
-        _curves(panel, measured)
-        panel.set_title(plain(str(name)))
-    axes[-1].set_xlabel("counted share of active parameters, %")
-    method_legend(figure, rows)
+    figure, axes = panels(len(metrics), 1.9)
+    for panel, (name, points) in zip(axes, metrics.items(), strict=True):
+        _curves(panel, points, looks)
+        panel.set_title(wrapped(str(name)))
+    basis = next(row["basis"] for row in rows if row["method"] != "dense")
+    for panel in lowest(axes):
+        panel.set_xlabel(TOTAL if basis == "total" else BLOCK)
+    method_legend(figure, rows, looks, linestyle="--", marker="")
     return figure, axes
 
 
-def _curves(panel: Axes, rows: Rows) -> None:
+def _curves(panel: Axes, rows: Rows, looks: Looks) -> None:
     for (name, _), line in grouped(rows, "method", "fine_tuned").items():
         if name == "dense":
-            panel.axhline(line[0]["value"], color=look(name).colour, linestyle="--", linewidth=0.8)
+            panel.axhline(line[0]["value"], color=looks.methods[name].colour, linestyle="--", linewidth=0.8)
         else:
-            curve(panel, line, "counted", "value")
+            curve(panel, looks.methods[name], line, "counted", "value")

@@ -1,17 +1,24 @@
 """Which results a figure shows: few enough to be told apart, by rules that its caption states."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from reports.accuracy import judged
 from reports.beside import Beside
+from reports.comparison import Measured
 from reports.families import RIVAL as TOMOE
 from reports.perplexity import texts
 from reports.results import Result, having
 
 T = TypeVar("T")
-MAIN = "Of a method that ran with several settings, those measured at most ratios are shown."
+MAIN = (
+    "Of a method that ran with several settings, those measured at most ratios are shown. Left out are ratios of "
+    "another basis, or another data type, than most have."
+)
+ALIKE = f"{MAIN} What was measured under other conditions than most (‡ in the tables) is left out."
+ERRORS = "error bars are one standard error, or the standard deviation over seeds where there are several"
 
 
 def method(result: Result) -> str:
@@ -31,9 +38,27 @@ def main(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if chosen[method(result), result.fine_tuned] == result.method]
 
 
+def measured(results: Sequence[Result], name: str) -> list[Result]:
+    """Those that have a finite number, and one that can be compared with most others."""
+    column = Measured(name, results)
+    found = [(result, result.metric(name)) for result in results if not column.unlike(result)]
+    return [result for result, number in found if number and math.isfinite(number.value)]
+
+
+def usual(results: Sequence[Result]) -> list[Result]:
+    """The dense ones, and the compressed ones of the ratio basis and the data type that most of these have."""
+    kinds = Counter(map(_kind, compressed(results))).most_common(1)
+    return [result for result in results if result.dense or _kind(result) == kinds[0][0]]
+
+
+def _kind(result: Result) -> tuple[str, str]:
+    cell = result.records[0].cell
+    return cell["ratio_basis"], str(cell["dtype"])
+
+
 def tomoe(results: Sequence[Result]) -> list[Result]:
-    """ToMoE's results at its main settings, not fine-tuned, by falling ratio."""
-    return [result for result in main(results) if method(result) == TOMOE and not result.fine_tuned]
+    """ToMoE's results at any settings, not fine-tuned."""
+    return [result for result in results if method(result) == TOMOE and not result.fine_tuned]
 
 
 def compressed(results: Sequence[Result]) -> list[Result]:
@@ -56,8 +81,9 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def quality(results: Sequence[Result]) -> str | None:
-    """The metric by which models are set against cost and speed: the first perplexity, or else the first task."""
-    return next((str(name) for name in (*texts(results), *judged(results))), None)
+    """The metric by which models are set against cost and speed: the perplexity that most have, or else the task."""
+    names = list(map(str, texts(results) or judged(results)))
+    return max(names, key=lambda name: sum(result.metric(name) is not None for result in results), default=None)
 
 
 def identity(result: Result) -> dict[str, Any]:
@@ -67,11 +93,22 @@ def identity(result: Result) -> dict[str, Any]:
         "settings": result.method,
         "fine_tuned": int(result.fine_tuned),
         "ratio": result.ratio,
+        "basis": result.records[0].cell["ratio_basis"],
+        "counted": None if result.achieved is None else 100 * result.achieved,
         "cells": " ".join(record.cell["id"] for record in result.records),
     }
 
 
+def value(result: Result, name: str, key: str, scale: float = 1) -> dict[str, float | None]:
+    """A metric and its error as the columns `key` and `key_error`, times `scale`; None where there is none."""
+    found = result.metric(name)
+    number, error = (found.value, found.error) if found else (None, None)
+    return {key: number and scale * number, f"{key}_error": error and scale * error}
+
+
 def beside(results: Sequence[Result], what: Callable[[Beside], T | None]) -> Iterator[tuple[dict[str, Any], T]]:
-    """What lies beside ToMoE's records, of several seeds the first, with its `identity`."""
-    for result, record, found in having(tomoe(results), what):
-        yield identity(result) | {"cells": record.cell["id"]}, found
+    """What lies beside ToMoE's records at its main settings, of several seeds the first, with its `identity`."""
+    found = {result: (record, content) for result, record, content in having(tomoe(results), what)}
+    for result in main(list(found)):
+        record, content = found[result]
+        yield identity(result) | {"cells": record.cell["id"]}, content

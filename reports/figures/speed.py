@@ -1,32 +1,52 @@
 """How fast the compressed models are: tokens per second by batch size, and quality against speed."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
+from reports.figures.legends import method_legend, wrapped
+from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, column, grouped
-from reports.figures.select import MAIN, busiest, identity, main, quality
-from reports.figures.style import curve, logarithmic, method_legend, method_legend_height, panels, share
+from reports.figures.scale import logarithmic
+from reports.figures.select import (
+    ALIKE,
+    ERRORS,
+    MAIN,
+    busiest,
+    compressed,
+    identity,
+    main,
+    measured,
+    quality,
+    usual,
+    value,
+)
+from reports.figures.style import curve, lowest, panels, share
 from reports.results import Result
 from reports.speed import PHASES, RATE, batches
 from reports.standings import lower_is_better
-from reports.tables import percent, plain
+from reports.tables import percent
+
+SPEED = f"speed/{RATE.format('decode')}_vs_dense@{{}}"
+"""Of a batch size."""
+MARKER = 2
+"""Dots from the middle of a marker to its edge, at least."""
 
 
 def throughput(results: Sequence[Result]) -> Content | None:
     """Tokens per second by batch size; None where none was measured."""
-    dense = [result for result in results if result.dense]
-    timed = [result for result in main(results) if _sweep(result)]
-    shown = [*(result for result in dense if _sweep(result)), *busiest(timed)]
-    rows = [row for result in shown for row in _sweep(result)]
-    if all(result.dense for result in shown):
+    timed = main(usual([result for result in results if _sweep(result)]))
+    shown = busiest(timed)
+    if not shown:
         return None
     caption = (
-        f"Tokens per second by batch size at {share(shown[-1].ratio)} asked, while reading the prompt (prefill) and "
-        f"while generating (decode), median of the repeats; black is the dense model. {MAIN}"
+        f"Tokens per second by batch size at {share(shown[0].ratio)} asked, while reading the prompt (prefill) and "
+        f"while generating (decode), median of the repeats; {ERRORS}; black is the dense model. {MAIN}"
     )
+    rows = [row for result in timed if result.dense or result in shown for row in _sweep(result)]
     return Content(caption=caption, rows=rows, draw=draw_throughput)
 
 
@@ -46,36 +66,38 @@ def _sweep(result: Result) -> list[Row]:
     ]
 
 
-def draw_throughput(rows: Rows) -> Figure:
+def draw_throughput(looks: Looks, rows: Rows) -> Figure:
     """A panel per phase, a line per method."""
     phases = grouped(rows, "phase")
-    figure, axes = panels(len(phases), 1.7, method_legend_height(rows))
-    for panel, (phase, measured) in zip(axes, phases.items(), strict=True):
-        for (name, _), line in grouped(measured, "method", "fine_tuned").items():
-            curve(panel, line, "batch", "rate", "--" if name == "dense" else "-")
+    figure, axes = panels(len(phases), 1.7)
+    for panel, (phase, points) in zip(axes, phases.items(), strict=True):
+        for (name, _), line in grouped(points, "method", "fine_tuned").items():
+            curve(panel, looks.methods[name], line, "batch", "rate", "--" if name == "dense" else "-")
         panel.set(title=phase, ylabel="tokens/s")
-        logarithmic(panel, "x", (1,), 2)
+        logarithmic(panel, "x")
+        panel.set_xticks(sorted({*column(rows, "batch")}))
         logarithmic(panel, "y")
-    axes[-1].set_xlabel("batch")
-    method_legend(figure, rows)
+    for panel in lowest(axes):
+        panel.set_xlabel("batch")
+    method_legend(figure, rows, looks, linestyle="--")
     return figure
 
 
 def pareto(results: Sequence[Result]) -> Content | None:
     """Quality against speed relative to dense; None where no compressed model has both."""
-    name = quality(results)
     batch = _usual_batch(results)
-    if name is None or batch is None:
+    timed = [result for result in results if result.dense or result.metric(SPEED.format(batch))]
+    name = quality(compressed(timed))
+    shown = main(usual(measured(timed, name))) if name else []
+    if not compressed(shown):
         return None
-    rows = [row for result in main(results) if (row := _point(result, name, batch))]
-    if all(row["method"] == "dense" for row in rows):
-        return None
-    best = front([(row["speed"], row["quality"]) for row in rows], lower_is_better((name,)))
+    rows = [_point(result, str(name), SPEED.format(batch)) for result in shown]
+    best = front([(row["speed"], row["quality"]) for row in rows], lower_is_better((str(name),)))
     rows = [{**row, "front": int(index in best)} for index, row in enumerate(rows)]
     caption = (
         f"{name} against tokens per second while generating, relative to the dense model measured beside it, at batch "
-        f"{batch[1:]}. The line joins what nothing else beats in both; numbers are the asked ratios there, in per "
-        f"cent. Hollow markers are fine-tuned. {MAIN}"
+        f"{str(batch)[1:]}; {ERRORS}. The line joins what nothing else beats in both; numbers are the asked ratios "
+        f"there, in per cent, where there is room. Hollow markers are fine-tuned. {ALIKE}"
     )
     return Content(caption=caption, rows=rows, draw=draw_pareto)
 
@@ -86,19 +108,9 @@ def _usual_batch(results: Sequence[Result]) -> str | None:
     return max(counts, key=lambda batch: (counts[batch], -int(batch[1:]))) if counts else None
 
 
-def _point(result: Result, name: str, batch: str) -> Row | None:
-    speed = result.metric(f"speed/{RATE.format('decode')}_vs_dense@{batch}")
-    found = result.metric(name)
-    if found is None or not math.isfinite(found.value) or not (speed or result.dense):
-        return None
-    return {
-        **identity(result),
-        "metric": name,
-        "speed": speed.value if speed else 1.0,
-        "speed_error": speed.error if speed else None,
-        "quality": found.value,
-        "quality_error": found.error,
-    }
+def _point(result: Result, name: str, speed: str) -> Row:
+    faster = {"speed": 1.0, "speed_error": None} if result.dense else value(result, speed, "speed")
+    return {**identity(result), "metric": name, **faster, **value(result, name, "quality")}
 
 
 def front(points: Sequence[tuple[float, float]], lower: bool) -> set[int]:
@@ -115,19 +127,45 @@ def front(points: Sequence[tuple[float, float]], lower: bool) -> set[int]:
     }
 
 
-def draw_pareto(rows: Rows) -> Figure:
+def draw_pareto(looks: Looks, rows: Rows) -> Figure:
     """One panel."""
-    figure, (panel,) = panels(1, 2.4, method_legend_height(rows))
-    for points in grouped(rows, "method", "fine_tuned").values():
-        curve(panel, points, "speed", "quality", "")
-    best = sorted((row for row in rows if row["front"]), key=lambda row: row["speed"])
+    figure, (panel,) = panels(1, 2.4)
+    for (name, _), points in grouped(rows, "method", "fine_tuned").items():
+        curve(panel, looks.methods[name], points, "speed", "quality", "")
+    best = _front(rows)
     panel.plot(column(best, "speed"), column(best, "quality"), color="#888888", linewidth=0.8, zorder=1)
-    for row in best:
-        at = row["speed"], row["quality"]
-        panel.annotate(f"{percent(row['ratio']):g}", at, (3, 3), textcoords="offset points", fontsize=6)
     metric = str(rows[0]["metric"])
-    panel.set(xlabel="tokens/s over dense (higher is better)", ylabel=plain(metric))
+    panel.set(xlabel="tokens/s over dense (higher is better)", ylabel=wrapped(metric))
     if lower_is_better((metric,)):
         logarithmic(panel, "y")
-    method_legend(figure, rows)
+    method_legend(figure, rows, looks)
+    figure.draw_without_rendering()  # puts everything in its place
+    _label_front(panel, rows, lower_is_better((metric,)))
     return figure
+
+
+def _label_front(panel: Axes, rows: Rows, lower: bool) -> None:
+    """Asked ratios from slow to fast, on that side of the front where nothing is, where they hide nothing."""
+    down, aligned = (-3, "top") if lower else (3, "bottom")
+    points = panel.transData.transform([(row["speed"], row["quality"]) for row in rows])
+    taken = [Bbox.from_bounds(x, y, 0, 0).padded(MARKER) for x, y in points]
+    for row in _front(rows):
+        label = panel.annotate(
+            f"{percent(row['ratio']):g}",
+            (row["speed"], row["quality"]),
+            (3, down),
+            textcoords="offset points",
+            verticalalignment=aligned,
+            fontsize=6,
+        )
+        label.set_in_layout(False)
+        space = label.get_window_extent()
+        if any(map(space.overlaps, taken)):
+            label.remove()
+        else:
+            taken.append(space)
+
+
+def _front(rows: Rows) -> list[Row]:
+    """From slow to fast."""
+    return sorted((row for row in rows if row["front"]), key=lambda row: row["speed"])

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from reports.beside.training import PARTS, Curves
+from reports.figures.legends import ratio_legend
+from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, column, grouped
 from reports.figures.select import beside
-from reports.figures.style import legend, legend_height, panels, ratio_colours, ratio_handles, whole
+from reports.figures.style import panels, whole
 from reports.results import Result, mean
 
 POINTS = 150
@@ -34,15 +36,14 @@ def thinned(run: Curves) -> list[Row]:
     return [{name: mean([row[name] for row in block]) for name in block[0]} for block in blocks]
 
 
-def draw(rows: Rows) -> Figure:
+def draw(looks: Looks, rows: Rows) -> Figure:
     """A panel per part, a line per ratio."""
     runs = grouped(rows, "ratio")
-    colours = ratio_colours([row["ratio"] for row in rows])
-    figure, axes = panels(len(PARTS), 1.5, legend_height(len(runs), 8))
+    figure, axes = panels(len(PARTS), 1.5)
     for panel, (part, title) in zip(axes, PARTS.items(), strict=True):
         for ratio, run in runs.items():
-            panel.plot(column(run, "step"), column(run, part), color=colours[ratio], linewidth=0.8)
+            panel.plot(column(run, "step"), column(run, part), color=looks.ratios[ratio], linewidth=0.8)
         panel.set(title=title, xlabel="step")
         whole(panel)
-    legend(figure, ratio_handles(colours), 8)
+    ratio_legend(figure, rows, looks)
     return figure

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports.beside import Beside
 from reports.beside.structure import Layer
-from reports.figures.plot import Content, Rows, column, grouped
+from reports.figures.legends import ratio_legend
+from reports.figures.looks import Looks
+from reports.figures.plot import Content, Row, Rows, column, grouped
 from reports.figures.select import beside
-from reports.figures.style import legend, legend_height, panels, ratio_colours, ratio_handles, whole
+from reports.figures.style import panels, whole
 from reports.results import Result
 
 PARTS = {"qk": "queries and keys", "vo": "values and outputs", "mlp": "MLP"}
@@ -36,12 +39,7 @@ def _used(layer: Layer, part: str) -> float:
 
 def unions(results: Sequence[Result]) -> Content | None:
     """What all experts of a layer use together; None without experts of ToMoE."""
-    rows = [
-        {**run, "layer": layer.number, "union": 100 * layer.mixture.union_share}
-        for run, model in beside(results, lambda lying: lying.structure)
-        for layer in model.layers
-        if layer.mixture
-    ]
+    rows = [{**run, **row} for run, found in beside(results, _unions) for row in found]
     caption = (
         "The share of the dense MLP's neurons that are in at least one expert of a layer, a line per asked ratio "
         "(ToMoE, first seed): at 100 % the experts together keep all that the dense layer knew."
@@ -49,28 +47,33 @@ def unions(results: Sequence[Result]) -> Content | None:
     return Content(caption=caption, rows=rows, draw=draw_unions) if rows else None
 
 
-def draw_widths(rows: Rows) -> Figure:
+def _unions(lying: Beside) -> list[Row] | None:
+    layers = lying.structure.layers if lying.structure else ()
+    mixtures = ((layer.number, layer.mixture) for layer in layers)
+    return [{"layer": number, "union": 100 * mixture.union_share} for number, mixture in mixtures if mixture] or None
+
+
+def draw_widths(looks: Looks, rows: Rows) -> Figure:
     """A panel per part of a layer."""
-    return _lines(rows, PARTS)
+    return _lines(looks, rows, PARTS)
 
 
-def draw_unions(rows: Rows) -> Figure:
+def draw_unions(looks: Looks, rows: Rows) -> Figure:
     """One panel."""
-    return _lines(rows, {"union": "union of experts"})
+    return _lines(looks, rows, {"union": "union of experts"})
 
 
-def _lines(rows: Rows, parts: dict[str, str]) -> Figure:
-    colours = ratio_colours([row["ratio"] for row in rows])
-    figure, axes = panels(len(parts), 1.3, 0.2 + legend_height(len(colours), 4))
+def _lines(looks: Looks, rows: Rows, parts: dict[str, str]) -> Figure:
+    figure, axes = panels(len(parts), 1.3)
     for panel, (part, title) in zip(axes, parts.items(), strict=True):
-        _panel(panel, rows, part, colours)
+        _panel(panel, rows, part, looks)
         panel.set(title=title, ylabel="of dense, %", ylim=(0, 105))
     axes[-1].set_xlabel("layer")
-    legend(figure, ratio_handles(colours), 4)
+    ratio_legend(figure, rows, looks)
     return figure
 
 
-def _panel(panel: Axes, rows: Rows, part: str, colours: dict[float, str]) -> None:
+def _panel(panel: Axes, rows: Rows, part: str, looks: Looks) -> None:
     for ratio, model in grouped(rows, "ratio").items():
-        panel.plot(column(model, "layer"), column(model, part), color=colours[ratio], marker=".")
+        panel.plot(column(model, "layer"), column(model, part), color=looks.ratios[ratio], marker=".")
     whole(panel)

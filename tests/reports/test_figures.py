@@ -20,7 +20,6 @@ from reports.figures.files import SUFFIXES, drawing
 from reports.figures.plot import file_name
 from reports.figures.select import busiest, main, spread
 from reports.figures.speed import front
-from reports.figures.style import LOOKS, look
 from reports.records import read_all
 from reports.results import pool
 from tests.reports import factory
@@ -181,11 +180,6 @@ def test_spread_keeps_order_and_both_ends(items: list[int], count: int) -> None:
     found = spread(list(enumerate(items)), count)
     assert len(found) == min(count, len(items)) and found == sorted(set(found))
     assert not items or (found[0][0], found[-1][0]) == (0, len(items) - 1)
-
-
-def test_no_two_methods_look_alike_and_a_strange_one_always_looks_the_same() -> None:
-    assert len(set(LOOKS.values())) == len(LOOKS) == 20
-    assert look("mine") == look("mine") and look("mine") not in LOOKS.values()
 
 
 def test_processes_draw_the_same_bytes_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
