@@ -86,7 +86,8 @@ def show(records: Records, names: Sequence[str], usd_per_hour: float | None) -> 
         told = f"These records fill: {', '.join(tables)}." if tables else "There are no records."
         price = " The table cost needs --usd-per-hour." if "cost" in empty else ""
         raise ReportError(f"There is nothing to show for --show {' '.join(empty)}. {told}{price}")
-    print("\n".join(terminal(tables[name], shutil.get_terminal_size().columns) for name in names), end="")
+    text = "\n".join(terminal(tables[name], shutil.get_terminal_size().columns) for name in names)
+    print(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding), end="")  # some have no ±
 
 
 if __name__ == "__main__":

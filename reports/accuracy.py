@@ -51,11 +51,12 @@ def few_shot(results: Sequence[Result]) -> list[MetricName]:
 
 def task_standings(results: Sequence[Result], names: Sequence[MetricName]) -> Standings:
     """Who is best at which task, and on the average."""
-    return standings(tuple(results), _contested(names))
+    return standings((tuple(results),), contested(map(str, names)))
 
 
-def _contested(names: Sequence[MetricName]) -> tuple[Names, ...]:
-    every = tuple(map(str, names))
+def contested(names: Iterable[str]) -> tuple[Names, ...]:
+    """What there is to be best in: each task, and the average of several."""
+    every = tuple(names)
     return *((name,) for name in every), *([every] if len(every) > 1 else [])
 
 
@@ -105,7 +106,7 @@ def _table(results: Results, names: Sequence[MetricName], file_name: str, title:
         for group in groups
         for one in tried(group, absent)
         for row in (
-            (*identity(one), *_marked(one, tasks, names, standing)),
+            (*identity(one), *marked(one, tasks, standing)),
             *published_rows(published, one, metrics),
         )
     )
@@ -142,12 +143,12 @@ def published_rows(
         yield *line.identity(), *map(line.cell, metrics)
 
 
-def _marked(
-    result: Result | Absent, tasks: Sequence[Measured], names: Sequence[MetricName], standing: Standings
-) -> Iterable[Cell]:
+def marked(result: Result | Absent, tasks: Sequence[Measured], standing: Standings) -> Iterable[Cell]:
+    """What `task_columns` heads, the best and what is tied with it marked."""
+    columns = contested(task.name for task in tasks)
     if isinstance(result, Absent):
-        return [Cell(None)] * len(_contested(names))
-    cells = zip(task_cells(result, tasks), _contested(names), strict=True)
+        return [Cell(None)] * len(columns)
+    cells = zip(task_cells(result, tasks), columns, strict=True)
     return [standing.cell(cell, result, column) for cell, column in cells]
 
 

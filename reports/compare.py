@@ -17,8 +17,9 @@ from reports.comparison import UNEVEN, MetricName, identity, pooled_cell
 from reports.formats import FORMATS
 from reports.perplexity import texts
 from reports.records import read_all
-from reports.results import Result, Settings, brief, differing, pool, settings_of
+from reports.results import Result, pool
 from reports.samples import UnpairedError, check_paired, samples
+from reports.settings import Settings, brief, differing
 from reports.significance import tested_cells
 from reports.standings import compared, lower_is_better
 from reports.statistics import ALPHA, Estimate, holm
@@ -107,7 +108,7 @@ def comparison_table(first: Sequence[Result], second: Sequence[Result], remarks:
 def _keyed(results: Sequence[Result]) -> dict[Key, Result]:
     """The results by what must be the same in both folders."""
     cells = ((result, result.records[0]) for result in results)
-    return {(r.model, record.cell["method"], r.ratio, settings_of(record)): r for r, record in cells}
+    return {(r.model, record.cell["method"], r.ratio, record.settings): r for r, record in cells}
 
 
 def _pairs(first: Result, second: Result) -> Iterator[Pair]:

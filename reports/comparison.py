@@ -7,7 +7,8 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from reports.results import Absent, Pooled, Result, Settings, by_model, differing
+from reports.results import Absent, Pooled, Result, by_model
+from reports.settings import Settings, differing
 from reports.tables import CUT, OFF_BUDGET, UNLIKE, Cell, Column, number, percent
 
 SHOWN_DIFFERENCE = 0.005
@@ -142,6 +143,9 @@ def remarks(results: Sequence[Result]) -> Iterator[str]:
     yield from basis(results)
     if incomplete := [result.title for result in results if not result.complete]:
         yield f"Incomplete, see the failed and skipped cells: {'; '.join(incomplete)}."
+    if unknown := [result.title for result in results if result.achieved is None]:
+        titles = "; ".join(unknown)
+        yield f"Counted share unknown, as the dense model's record is missing, whose blocks are the basis: {titles}."
     yield from uneven(results)
 
 

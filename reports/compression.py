@@ -1,11 +1,10 @@
 """The table of what compressing itself took, with what the methods had to say."""
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from reports.comparison import IDENTITY, identity, remarks
 from reports.records import Record
-from reports.results import Result
+from reports.results import Result, mean
 from reports.tables import Cell, Column, Table, legend
 
 MB = 1e6
@@ -45,7 +44,7 @@ def _mean(
 ) -> float | None:
     """The mean over the seeds that have the figure."""
     found = [value for record in result.records if (value := part(record).get(key)) is not None]
-    return statistics.fmean(found) * scale if found else None
+    return mean(found) * scale if found else None
 
 
 def _told(results: Sequence[Result]) -> Iterator[str]:

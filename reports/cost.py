@@ -1,10 +1,10 @@
 """The size table, with a sentence for every compressed model that is not smaller, and what tokens cost in money."""
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 
 from reports.comparison import IDENTITY, identity, pooled_cell, remarks
-from reports.results import Result, by_model
+from reports.limits import is_amount
+from reports.results import Result, by_model, mean
 from reports.speed import PHASES, RATE, batches
 from reports.tables import Cell, Column, Table, legend, number
 
@@ -83,17 +83,28 @@ def _rates(batch: str) -> list[str]:
 
 
 def _cost_row(result: Result, batch: str, usd_per_s: float) -> tuple[Cell, ...]:
-    times = [record.time for record in result.records if record.time.get("compress_s") is not None]
-    seconds = [time["compress_s"] + (time.get("recover_s") or 0) for time in times]
-    rates = [result.metric(rate) for rate in _rates(batch)]
+    spent = None if result.dense else seconds(result)
     return (
         *identity(result),
         Cell(int(batch[1:])),
-        _usd(None if result.dense or not seconds else fmean(seconds) * usd_per_s),
-        *(_usd(usd_per_s * MILLION / rate.value if rate and rate.value else None) for rate in rates),
+        _usd(None if spent is None else spent * usd_per_s),
+        *(_usd(rate and usd_per_s * MILLION / rate) for rate in (_rate(result, name) for name in _rates(batch))),
     )
 
 
+def seconds(result: Result) -> float | None:
+    """What compressing and fine-tuning took, the mean over the seeds in which it is known and can be."""
+    times = ((record.time.get("compress_s"), record.time.get("recover_s") or 0) for record in result.records)
+    known = [first + then for first, then in times if first is not None and is_amount(first) and is_amount(then)]
+    return mean(known) if known else None
+
+
+def _rate(result: Result, name: str) -> float | None:
+    """Tokens per second, if they are known, can be and are any."""
+    found = result.metric(name)
+    return (found.value or None) if found and result.possible([name]) else None
+
+
 def _usd(amount: float | None) -> Cell:
-    """Three digits, however small."""
-    return Cell(None if amount is None else f"{amount:.3g}")
+    """Three digits, however small; no price where a number behind it cannot be."""
+    return Cell(amount, digits=f"{amount:.3g}") if amount is not None and is_amount(amount) else Cell(None)

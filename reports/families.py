@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from reports.accuracy import judged, published_names, published_rows, task_cells, task_columns
-from reports.comparison import IDENTITY, UNEVEN, Measured, identity, metric_names, plus_minus, remarks, versions
+from reports.accuracy import contested, judged, marked, published_names, published_rows, task_columns
+from reports.comparison import IDENTITY, UNEVEN, Measured, MetricName, identity, plus_minus, remarks, versions
+from reports.perplexity import texts
 from reports.published import Line, beside, provenance
 from reports.results import Result, by_model
+from reports.standings import Standings, standings
 from reports.tables import Cell, Column, Table, legend, percent
 
 RIVAL = "tomoe"
@@ -22,7 +24,8 @@ SHARES = (
 def semi_structured_table(results: Sequence[Result]) -> Table | None:
     """Single weights in a pattern against ToMoE; None where no pattern was measured."""
     title = "Semi-structured sparsity and ToMoE"
-    return _table(results, SEMI_STRUCTURED, "semi-structured", title, "Single weights against whole structures. ")
+    caption = "Single weights, whose zeros count as removed although only kernels for their pattern skip them, against "
+    return _table(results, SEMI_STRUCTURED, "semi-structured", title, f"{caption}whole structures. ")
 
 
 def constructions_table(results: Sequence[Result]) -> Table | None:
@@ -32,21 +35,17 @@ def constructions_table(results: Sequence[Result]) -> Table | None:
 
 
 def _table(results: Sequence[Result], family: Sequence[str], name: str, title: str, caption: str) -> Table | None:
-    shown = [result for group in by_model(results) for result in _opponents(group, family)]
+    shown = _shown(results, family)
     if not shown:
         return None
-    texts = [name for name in metric_names(shown) if name.quantity == "token_ppl"]
-    tasks = judged(shown)
-    measured = {
-        group[0].model: [[Measured(str(name), group) for name in names] for names in (texts, tasks)]
-        for group in by_model(shown)
-    }
-    metrics = [*map(str, texts), *published_names(tasks)]
+    words, tasks, standing = texts(shown), judged(shown), family_standings(results, family)
+    measured = {group[0].model: (_measured(words, group), _measured(tasks, group)) for group in by_model(shown)}
+    metrics = [*map(str, words), *published_names(tasks)]
     published = beside(shown, metrics)
     rows = tuple(
         row
         for result in shown
-        for row in (_row(result, *measured[result.model]), *_published(published, result, metrics))
+        for row in (_row(result, *measured[result.model], standing), *_published(published, result, metrics))
     )
     return Table(
         name=name,
@@ -55,7 +54,7 @@ def _table(results: Sequence[Result], family: Sequence[str], name: str, title: s
         columns=(
             *IDENTITY,
             Column("Of all, %"),
-            *(Column(f"@{text.protocol}", text.source) for text in texts),
+            *(Column(f"@{text.protocol}", text.source) for text in words),
             *task_columns(tasks),
         ),
         rows=rows,
@@ -68,11 +67,40 @@ def _table(results: Sequence[Result], family: Sequence[str], name: str, title: s
                 for metric in kind
                 for text in metric.differences()
             ),
+            *standing.notes(),
             *remarks(shown),
             *provenance(published, metrics),
-            *versions(shown, (*texts, *tasks)),
+            *versions(shown, (*words, *tasks)),
         ),
     )
+
+
+def family_standings(results: Sequence[Result], family: Sequence[str]) -> Standings:
+    """Who is best in a family's table."""
+    return mixed_standings([_shown(results, family)])
+
+
+def mixed_standings(groups: Sequence[Sequence[Result]]) -> Standings:
+    """Who of each group is best in a table of perplexities and tasks."""
+    shown = [result for group in groups for result in group]
+    columns = (*((str(name),) for name in texts(shown)), *contested(map(str, judged(shown))))
+    return standings(tuple(map(tuple, groups)), columns)
+
+
+def mixed_cells(
+    result: Result, texts: Sequence[Measured], tasks: Sequence[Measured], standing: Standings
+) -> Iterator[Cell]:
+    """A result's perplexities and tasks, the best and what is tied with it marked."""
+    yield from (standing.cell(text.cell(result), result, (text.name,)) for text in texts)
+    yield from marked(result, tasks, standing)
+
+
+def _measured(names: Sequence[MetricName], group: Sequence[Result]) -> list[Measured]:
+    return [Measured(str(name), group) for name in names]
+
+
+def _shown(results: Sequence[Result], family: Sequence[str]) -> list[Result]:
+    return [result for group in by_model(results) for result in _opponents(group, family)]
 
 
 def _published(
@@ -96,6 +124,6 @@ def _method(result: Result) -> str:
     return result.records[0].cell["method"]
 
 
-def _row(result: Result, texts: Sequence[Measured], tasks: Sequence[Measured]) -> tuple[Cell, ...]:
+def _row(result: Result, texts: Sequence[Measured], tasks: Sequence[Measured], standing: Standings) -> tuple[Cell, ...]:
     share = Cell(percent(result.size("active_total") / result.size("dense_params")))
-    return *identity(result), share, *(text.cell(result) for text in texts), *task_cells(result, tasks)
+    return *identity(result), share, *mixed_cells(result, texts, tasks, standing)

@@ -17,11 +17,13 @@ from reports.tables import Cell, Column, Table, plain
 
 SIGNS = re.compile(r"[\\`*{}\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])")
 """Of markdown; an underscore is none inside a word."""
+START = re.compile(r"^(\d*)(#+|[-+.)])(?= )")
+"""What makes a heading or a list at the start of a text."""
 
 
 def escape_markdown(text: str) -> Markup:
     """`text` as GitHub-flavoured markdown shows it, in a paragraph or in a table."""
-    return Markup(SIGNS.sub(r"\\\g<0>", plain(text)))
+    return Markup(START.sub(r"\1\\\2", SIGNS.sub(r"\\\g<0>", plain(text))))
 
 
 def escape_html(text: str) -> Markup:

@@ -1,5 +1,6 @@
 """The perplexity table, like the paper's Table 1: a row per method, a column per text, window and ratio."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,15 +18,18 @@ from reports.comparison import (
 )
 from reports.published import Line, beside, provenance
 from reports.results import FINE_TUNED, Absent, Result, Results, by_model
+from reports.settings import Settings
 from reports.standings import Standings, standings
 from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
 
 Slot = tuple[MetricName, float]
 """A column: a text and window, and a ratio."""
+Run = tuple[str, Settings]
+"""A row: a method as it is called, and its settings."""
 
 CAPTION = (
     "Token perplexity (lower is better) by text, window in tokens and asked share of active parameters; a counted "
-    "share that differs from the asked one is given in brackets; ± is "
+    "share more than half a point from the asked one is given in brackets; ± is "
 )
 
 
@@ -77,7 +81,7 @@ def texts(results: Sequence[Result]) -> list[MetricName]:
 
 def perplexity_standings(results: Sequence[Result]) -> Standings:
     """Who is best on which text."""
-    return standings(tuple(results), tuple((str(name),) for name in texts(results)))
+    return standings((tuple(results),), tuple((str(name),) for name in texts(results)))
 
 
 def _slots(names: Sequence[MetricName], groups: Sequence[Sequence[Result]]) -> list[Slot]:
@@ -100,12 +104,21 @@ def _rows(
 ) -> Iterator[tuple[Cell, ...]]:
     """One row per method of a model, and what is published of it below; `metrics` are the model's."""
     by_name = {metric.name: metric for metric in metrics}
-    found = {(one.method, one.ratio): one for one in group}
-    for method in _ordered(one.method for one in group):
-        at = ((by_name[str(name)], found.get((method, ratio))) for name, ratio in slots)
+    runs = _runs(group)
+    for method, settings in _ordered(runs):
+        found = runs[method, settings]
+        at = ((by_name[str(name)], found.get(ratio)) for name, ratio in slots)
         yield Cell(group[0].model), Cell(method), *(_cell(metric, one, standing) for metric, one in at)
-        results = (one for one in group if isinstance(one, Result) and one.method == method)
+        results = (one for one in found.values() if isinstance(one, Result))
         yield from _published([line for result in results for line in published.get(result, [])], slots)
+
+
+def _runs(group: Sequence[Result | Absent]) -> Mapping[Run, Mapping[float, Result | Absent]]:
+    """A model's results by run and ratio; the settings are looked at too, so that none hides another of its name."""
+    runs: dict[Run, dict[float, Result | Absent]] = defaultdict(dict)
+    for one in group:
+        runs[one.method, one.settings][one.ratio] = one
+    return runs
 
 
 def _published(lines: Sequence[Line], slots: Sequence[Slot]) -> Iterator[tuple[Cell, ...]]:
@@ -117,11 +130,11 @@ def _published(lines: Sequence[Line], slots: Sequence[Slot]) -> Iterator[tuple[C
         yield Cell(lines[0].model), Cell(name), *cells
 
 
-def _ordered(methods: Iterable[str]) -> list[str]:
-    """Each method once, as first met, and right below it what was fine-tuned."""
-    met = list(dict.fromkeys(methods))
-    plain = list(dict.fromkeys(method.partition(FINE_TUNED)[0] for method in met))
-    return sorted(met, key=lambda method: (plain.index(method.partition(FINE_TUNED)[0]), method))
+def _ordered(runs: Iterable[Run]) -> list[Run]:
+    """The runs as first met, and right below each what was fine-tuned."""
+    met = list(runs)
+    plain = list(dict.fromkeys(method.partition(FINE_TUNED)[0] for method, _ in met))
+    return sorted(met, key=lambda run: (plain.index(run[0].partition(FINE_TUNED)[0]), run[0]))
 
 
 def _cell(metric: Measured, result: Result | Absent | None, standing: Standings) -> Cell:

@@ -1,18 +1,26 @@
 """Reads the records a run leaves behind: `RESULTS/<model>/<method>/<ratio>/<cell-id>/record.json`, one per cell."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from reports.beside import Beside
 from reports.beside import read as read_beside
+from reports.limits import is_amount, is_possible
 from reports.schema import SCHEMA, check
+from reports.settings import Settings, flat
 
 MAKE_ONE = "python run_all.py --models tiny-llama --ratios 0.8 --budget demo --out {}"
 """The command that makes the first records of a folder."""
+TWINS = {
+    True: "{} is left out: {} describes the same cell. Delete one of them.",
+    False: "{} is left out: {} has another id but is of the same model, method, ratio, seed and settings. "
+    "Delete one of them.",
+}
+"""What is said of the second of two records, by whether their ids are the same."""
 
 
 class ReportError(ValueError):
@@ -45,8 +53,8 @@ class Record:
     """Counted parameters and bytes; empty where the cell failed before they were counted."""
     metrics: Mapping[str, Metric]
     """By name, as in `arc_easy/acc_norm@0shot`."""
-    time: Mapping[str, float]
-    """Seconds per phase."""
+    time: Mapping[str, float | None]
+    """Seconds per phase; None where they were not taken."""
     memory: Mapping[str, int | None]
     """Peaks in bytes; None where there is no counter."""
     provenance: Mapping[str, Any]
@@ -59,6 +67,18 @@ class Record:
     """Why the cell is not done; empty where it is."""
     beside: Beside
     """The files beside it; of a dense model, or where nothing was measured, none are shown or read."""
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Everything but the seed that makes a cell's numbers differ from another's."""
+        kept = {key: self.cell[key] for key in ("ratio_basis", "calibration", "budget", "dtype", "method_config")}
+        revision = self.provenance.get("model_revision")
+        return flat({**kept, "model_revision": revision, "recover": self.cell.get("recover") or {}})
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What no two cells share: model, method, ratio, seed and settings."""
+        return (*(self.cell[key] for key in ("model", "method", "ratio", "seed")), self.settings)
 
 
 class Records(list[Record]):
@@ -88,7 +108,7 @@ def read_all(results: Path) -> Records:
         except ReportError as error:
             problems.append(f"{path.relative_to(results).as_posix()} {error}")
     kept, twins = _without_twins(read, results)
-    return Records(kept, [*problems, *twins, *_damaged(kept, results), *_not_finite(kept)])
+    return Records(kept, [*problems, *twins, *_damaged(kept, results), *_impossible(kept)])
 
 
 def _read(path: Path) -> Record:
@@ -98,21 +118,33 @@ def _read(path: Path) -> Record:
         ReportError: it is damaged or of a newer schema; the message goes on after the record's name.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair can be read, but never written
         _check_schema(content)
         return _parse(path, content)
     except ReportError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise ReportError(
             f"is damaged and left out: {error}. Restore it from a backup or from git, or delete it and repeat its "
             "run_all.py command, which measures that cell again and keeps every other."
         ) from error
 
 
+def _whole(digits: str) -> int:
+    """Every count can be averaged.
+
+    Raises:
+        OverflowError: it is beyond the range of a float.
+    """
+    count = int(digits)
+    float(count)
+    return count
+
+
 def _check_schema(content: Any) -> None:
     schema = content.get("schema") if isinstance(content, dict) else None
-    if not isinstance(schema, int):
+    if type(schema) is not int:  # true is an int too
         raise ValueError("it has no schema number")
     if schema > SCHEMA:
         raise ReportError(
@@ -152,14 +184,18 @@ def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_twins(records: Iterable[Record], results: Path) -> tuple[list[Record], list[str]]:
     """The first record of every cell, and a sentence for every other."""
-    seen: dict[str, Record] = {}
-    told = []
+    seen: dict[object, Record] = {}
+    kept, told = [], []
     for record in records:
-        first = seen.setdefault(record.cell["id"], record)
-        if first is not record:
+        keys = (record.cell["id"], record.key)
+        first = next((seen[key] for key in keys if key in seen), None)
+        if first is None:
+            seen |= dict.fromkeys(keys, record)
+            kept.append(record)
+        else:
             paths = (each.path.relative_to(results).as_posix() for each in (record, first))
-            told.append("{} is left out: {} describes the same cell. Delete one of them.".format(*paths))
-    return list(seen.values()), told
+            told.append(TWINS[first.cell["id"] == record.cell["id"]].format(*paths))
+    return kept, told
 
 
 def _damaged(records: Iterable[Record], results: Path) -> Iterator[str]:
@@ -169,9 +205,26 @@ def _damaged(records: Iterable[Record], results: Path) -> Iterator[str]:
             yield f"{record.path.parent.relative_to(results).as_posix()}/{problem}"
 
 
-def _not_finite(records: Iterable[Record]) -> Iterator[str]:
-    """A sentence per record with numbers that are none."""
+def _impossible(records: Iterable[Record]) -> Iterator[str]:
+    """A sentence per record with numbers that cannot be."""
     for record in records:
-        if wrong := [f"{n} {m.value}" for n, m in record.metrics.items() if not math.isfinite(m.value)]:
+        if wrong := [*_metrics_beyond(record.metrics), *_no_amounts(record)]:
             cell = "{model} {method} at {ratio}, seed {seed}".format_map(record.cell)
-            yield f"{cell} has numbers that are none: {', '.join(wrong)}. No nan is called the best, nor tied with it."
+            yield (
+                f"{cell} has numbers that cannot be: {', '.join(wrong)}. They are shown as recorded; no such value is "
+                "called the best, nor tied with it."
+            )
+
+
+def _metrics_beyond(metrics: Mapping[str, Metric]) -> Iterator[str]:
+    for name, metric in metrics.items():
+        if not is_possible(name, metric.value):
+            yield f"{name} {metric.value}"
+        if metric.stderr is not None and not is_amount(metric.stderr):
+            yield f"{name} ± {metric.stderr}"
+
+
+def _no_amounts(record: Record) -> Iterator[str]:
+    for part, numbers in (("time", record.time), ("memory", record.memory)):
+        wrong = (key for key, value in numbers.items() if value is not None and not is_amount(value))
+        yield from (f"{part}.{key} {numbers[key]}" for key in wrong)

@@ -4,7 +4,6 @@ results = pool(read_all(Path("results")))
 """
 
 import math
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +13,12 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from reports.beside import Beside
+from reports.limits import is_possible
 from reports.records import Metric, Record
+from reports.settings import Settings, brief, differing, split_settings
 from reports.tables import percent
 
 T = TypeVar("T")
-Settings = tuple[tuple[str, str], ...]
 FINE_TUNED = " + fine-tuning"
 """What the name of a method gets whose results were fine-tuned."""
 
@@ -56,6 +56,11 @@ class Result:
     """Those of seeds of which nothing was."""
 
     @property
+    def settings(self) -> Settings:
+        """Those of its records."""
+        return self.records[0].settings
+
+    @property
     def fine_tuned(self) -> bool:
         """Whether the compressed model was trained further."""
         return FINE_TUNED in self.method
@@ -83,9 +88,14 @@ class Result:
         """The mean of the metrics, taken per seed, over the seeds that have all of them; None where none has."""
         return _average(self, tuple(names))
 
+    def possible(self, names: Sequence[str]) -> bool:
+        """Whether every number behind the metrics can be."""
+        metrics = ((name, record.metrics.get(name)) for record in self.records for name in names)
+        return all(is_possible(name, metric.value) for name, metric in metrics if metric)
+
     def size(self, key: str) -> float:
         """A count of the record's `size`, the mean over seeds."""
-        return statistics.fmean(record.size[key] for record in self.records)
+        return mean([record.size[key] for record in self.records])
 
     def conditions(self, name: str) -> frozenset[Settings]:
         """What the metric was measured on: documents or windows, task and data versions. Several if seeds differ."""
@@ -115,6 +125,8 @@ class Absent:
     """The asked share of active parameters."""
     status: str
     """`failed` or `skipped`."""
+    settings: Settings
+    """Its runs', as `Record.settings` has them."""
     why: str
     """The recorded reason."""
 
@@ -141,7 +153,7 @@ def pool(records: Iterable[Record]) -> Results:
     blocks = {record.cell["model"]: record.size["active_block"] for record in dense}
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in kept:
-        groups[(*(record.cell[key] for key in ("model", "method", "ratio")), settings_of(record))].append(record)
+        groups[(*(record.cell[key] for key in ("model", "method", "ratio")), record.settings)].append(record)
     variants = _variants(groups)
     results = [_result(key, group, variants, blocks) for key, group in groups.items() if any(r.size for r in group)]
     absent = [_absent(key, group, variants) for key, group in groups.items() if not any(r.size for r in group)]
@@ -152,7 +164,7 @@ def pool(records: Iterable[Record]) -> Results:
 
 
 def mean(values: Sequence[float]) -> float:
-    """As exact as can be; of infinities of both signs there is none."""
+    """As exact as can be; of infinities of both signs there is none, nor of numbers whose sum is beyond a float."""
     try:
         return statistics.fmean(values)
     except (ValueError, OverflowError):
@@ -160,8 +172,11 @@ def mean(values: Sequence[float]) -> float:
 
 
 def _spread(values: Sequence[float]) -> float | None:
-    """The standard deviation, where there is one."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else None
+    """The standard deviation, where there is one that a float can hold."""
+    try:
+        return statistics.stdev(values) if all(map(math.isfinite, values)) else None
+    except OverflowError:
+        return None
 
 
 def _mean_stderr(metrics: Sequence[Metric]) -> float | None:
@@ -195,7 +210,7 @@ def _result(
         model=model,
         method=_title(method, settings, variants[model, method], _tokens(group)),
         ratio=ratio,
-        achieved=None if None in achieved else statistics.fmean(share for share in achieved if share is not None),
+        achieved=None if None in achieved else mean([share for share in achieved if share is not None]),
         dense=method == "dense",
         records=tuple(measured),
         lost=tuple(record for record in group if not record.size),
@@ -205,7 +220,7 @@ def _result(
 def _absent(key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]]) -> Absent:
     model, method, ratio, settings = key
     title = _title(method, settings, variants[model, method], [])
-    return Absent(model=model, method=title, ratio=ratio, status=group[0].status, why=group[0].error)
+    return Absent(model=model, method=title, ratio=ratio, settings=settings, status=group[0].status, why=group[0].error)
 
 
 def _model_order(result: Result) -> tuple[float, str]:
@@ -242,45 +257,6 @@ def _variants(groups: Mapping[tuple[Any, ...], list[Record]]) -> dict[tuple[str,
         run: differing(before for before, _ in parts) | differing(after for _, after in parts if after)
         for run, parts in runs.items()
     }
-
-
-def split_settings(settings: Settings) -> tuple[Settings, Settings]:
-    """Settings of the compression, and of the fine-tuning that followed (none where nothing did)."""
-    after = tuple(pair for pair in settings if pair[0].startswith("recover."))
-    return tuple(pair for pair in settings if pair not in after), after
-
-
-def differing(runs: Iterable[Settings]) -> set[str]:
-    """The names of the settings that do not have one value throughout `runs`."""
-    distinct = set(runs)
-    shared = set.intersection(*(set(settings) for settings in distinct)) if distinct else set()
-    return {name for settings in distinct for name, value in settings if (name, value) not in shared}
-
-
-def settings_of(record: Record) -> Settings:
-    """Everything but the seed that makes a cell's numbers differ from another's."""
-    kept = {key: record.cell[key] for key in ("ratio_basis", "calibration", "budget", "dtype")}
-    kept["model_revision"] = record.provenance.get("model_revision")
-    kept["method_config"] = record.cell["method_config"]
-    kept["recover"] = record.cell.get("recover") or {}
-    return _flat(kept)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Nested settings as sorted `(dotted name, text)` pairs."""
-    pairs: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        pairs += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", str(value))]
-    return tuple(sorted(pairs))
-
-
-def brief(settings: Settings, names: set[str]) -> str:
-    """The named settings as `field=value`; of a preset or text that goes by another name, the name only."""
-    nicknames = {name.removesuffix("name") for name in names if name.endswith(".name")}
-    kept = [(name, value) for name, value in settings if name in names]
-    kept = [pair for pair in kept if pair[0].endswith(".name") or not pair[0].startswith(tuple(nicknames))]
-    prefixes, suffix = r"^(method_config|recover)\.", r"\.name$"
-    return ", ".join(f"{re.sub(f'{prefixes}|{suffix}', '', name)}={value}" for name, value in kept)
 
 
 def _conditions(record: Record, name: str) -> Settings:

@@ -19,7 +19,8 @@ import numpy as np
 
 from reports.comparison import difference, parse
 from reports.records import Metric, Record, ReportError
-from reports.results import Result, Settings
+from reports.results import Result
+from reports.settings import Settings
 from reports.statistics import Numbers
 
 Row = tuple[str, str, float, float]

@@ -16,9 +16,9 @@ CELL = {
     "ratio_basis": str,
     "seed": int,
     "method_config": dict,
-    "calibration": object,
-    "budget": object,
-    "dtype": object,
+    "calibration": (dict, NOTHING),
+    "budget": (dict, NOTHING),
+    "dtype": str,
 }
 SIZE = dict.fromkeys(
     ("dense_params", "active_total", "active_block", "distinct_total", "stored_total", "stored_bytes"), NUMBER
@@ -42,7 +42,8 @@ def check(content: Mapping[str, Any]) -> bool:
         raise ValueError(f"its status is {content['status']!r}, not one of {', '.join(STATUSES)}")
     _need(content["cell"], CELL, "cell.")
     _may(content["cell"], {"recover": (dict, NOTHING)}, "cell.")
-    _finite(content["cell"], ("ratio",), "cell.")
+    if not 0 < content["cell"]["ratio"] <= 1:
+        raise ValueError(f"its cell.ratio is {content['cell']['ratio']}, not a share")
     _may(content, {"skipped": dict, "provenance": (dict, NOTHING)}, "")
     measured = content["status"] == "done" or bool(content.get("size"))
     if measured:
@@ -53,11 +54,10 @@ def check(content: Mapping[str, Any]) -> bool:
 def _check_measured(content: Mapping[str, Any]) -> None:
     _need(content, {"size": dict, "metrics": dict, "provenance": dict}, "")
     _need(content["size"], SIZE, "size.")
-    _finite(content["size"], SIZE, "size.")
-    if content["size"]["dense_params"] <= 0:
-        raise ValueError(f"its size.dense_params is {content['size']['dense_params']}")
+    _counts(content["size"])
     _may(content, OPTIONAL, "")
     _may(content["provenance"], ORIGIN, "provenance.")
+    _may(content["provenance"].get("recovery") or {}, {"tokens": (int, NOTHING)}, "provenance.recovery.")
     _numbers(content, "time")
     _numbers(content, "memory")
     for name, entry in content["metrics"].items():
@@ -84,8 +84,13 @@ def _need(content: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> N
 
 def _may(content: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
     for key in kinds.keys() & content.keys():
-        if not isinstance(content[key], kinds[key]):
+        if not _is(content[key], kinds[key]):
             raise ValueError(f"its {where}{key} is {content[key]!r}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether it is of the kind; true and false are no numbers, though Python takes them for some."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _numbers(content: Mapping[str, Any], key: str) -> None:
@@ -93,7 +98,7 @@ def _numbers(content: Mapping[str, Any], key: str) -> None:
     _may(part, dict.fromkeys(part, (*NUMBER, NOTHING)), f"{key}.")
 
 
-def _finite(content: Mapping[str, Any], keys: Any, where: str) -> None:
-    for key in keys:
-        if not math.isfinite(content[key]):
-            raise ValueError(f"its {where}{key} is {content[key]}")
+def _counts(size: Mapping[str, Any]) -> None:
+    for key in SIZE:
+        if not 0 <= size[key] < math.inf or not size["dense_params"]:
+            raise ValueError(f"its size.{key} is {size[key]}")

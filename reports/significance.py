@@ -6,17 +6,20 @@ from itertools import groupby
 
 from reports.accuracy import few_shot, task_standings, zero_shot
 from reports.comparison import IDENTITY, MetricName, identity
+from reports.families import CONSTRUCTIONS, SEMI_STRUCTURED, family_standings
 from reports.perplexity import perplexity_standings
 from reports.results import Result
 from reports.standings import Standings, lower_is_better
 from reports.statistics import Estimate, wilson
-from reports.tables import Cell, Column, Table, legend, percent
+from reports.tables import HUGE, Cell, Column, Table, legend, percent
+from reports.variants import ablation_standings, settings_standings
 
 CAPTION = (
-    "Each method against the best of its model, asked ratio and column. The difference is that method's number minus "
-    "the best's, in points (per cent of right answers), or divided by it, for perplexity; with its 95 % interval, not "
-    "corrected for the number of comparisons. p is two-sided; p (Holm) is corrected over all tests of the named table "
-    "and decides the verdict, at a level of 5 %."
+    "Each method against the best of those it competes with in a column of the named table. The difference is that "
+    "method's number minus the best's, in points (per cent of right answers), or divided by it, for perplexity; with "
+    "its 95 % interval, not corrected for the number of comparisons and computed in another way than p, so the two can "
+    "disagree near 5 %. p is two-sided; p (Holm) is corrected over all tests of the named table and decides the "
+    "verdict, at a level of 5 %."
 )
 COLUMNS = (
     Column("Table", text=True),
@@ -38,9 +41,14 @@ UNTESTED = (None,) * 3
 
 def significance_table(results: Sequence[Result]) -> Table | None:
     """Every comparison with the best; None where none could be tested."""
-    tested = {"perplexity": perplexity_standings(results)} | {
-        name: task_standings(results, names)
-        for name, names in (("zero-shot", zero_shot(results)), ("few-shot", few_shot(results)))
+    tested = {
+        "perplexity": perplexity_standings(results),
+        "semi-structured": family_standings(results, SEMI_STRUCTURED),
+        "constructions": family_standings(results, CONSTRUCTIONS),
+        "zero-shot": task_standings(results, zero_shot(results)),
+        "few-shot": task_standings(results, few_shot(results)),
+        "settings": settings_standings(results),
+        "ablations": ablation_standings(results),
     }
     rows = tuple(row for name, standing in tested.items() if _any(standing) for row in _rows(name, standing))
     if not rows:
@@ -86,7 +94,7 @@ def tested_cells(found: Estimate | None, adjusted: float, ratio: bool) -> tuple[
 
 def _ratio(nats: float) -> Cell:
     ratio = math.exp(nats) if nats < 700 else math.inf
-    return Cell(ratio, digits=f"{ratio:.3f}")
+    return Cell(ratio, digits=f"{ratio:.3f}" if 0.01 <= ratio < HUGE else "")
 
 
 def _points(share: float) -> Cell:

@@ -204,10 +204,18 @@ def _energy(results: Sequence[Result]) -> Iterator[str]:
         yield "Energy: not measured, as no counter could be read."
 
 
+def timed_on(result: Result) -> tuple[frozenset[str], float | None]:
+    """The devices that timed it, and the number of processor threads."""
+    origins = [record.provenance for record in result.records]
+    devices = (str(((origin.get("tasks") or {}).get("speed") or origin).get("device")) for origin in origins)
+    threads = result.metric("speed/threads")
+    return frozenset(devices), threads and threads.value
+
+
 def _hardware(results: Sequence[Result]) -> Iterator[str]:
-    origins = [record.provenance for result in results for record in result.records]
-    devices = sorted({str(((origin.get("tasks") or {}).get("speed") or origin).get("device")) for origin in origins})
-    counts = sorted({count.value for result in results if (count := result.metric("speed/threads"))})
+    found = [timed_on(result) for result in results]
+    devices = sorted({device for each, _ in found for device in each})
+    counts = sorted({count for _, count in found if count})
     if counts:
         yield f"Timed with {' or '.join(f'{count:g}' for count in counts)} processor threads."
     if len(devices) > 1:

@@ -1,8 +1,8 @@
 """Who is best in a column of a table, and who is not significantly worse.
 
 Methods compete within one model and one asked ratio (of one basis, in one data type), fine-tuned ones among themselves.
-The dense model does not compete, nor what missed its budget. Each method is tested against the best on the documents
-that both saw, and the p-values of a table are corrected together.
+The dense model does not compete, nor what missed its budget, nor numbers that cannot be. Each method is tested against
+the best on the documents that both saw, and the p-values of a table are corrected together.
 """
 
 import math
@@ -89,15 +89,15 @@ class Standings:
         tied = not best and (names, result) in self._tied
         return replace(cell, best=best, marks=cell.marks + (TIED if tied else ""))
 
-    def notes(self) -> Iterator[str]:
+    def notes(self, competing: str = COMPETING) -> Iterator[str]:
         """What bold means, which tests were made and which could not be."""
         rivals = [rival for race in self.races for rival in race.rivals]
         if not rivals:
             return
-        yield COMPETING
+        yield competing
         tested = sum(rival.found is not None for rival in rivals)
         if tested:
-            how = TESTED[lower_is_better(self.races[0].names)]
+            how = "; ".join(dict.fromkeys(TESTED[lower_is_better(race.names)] for race in self.races))
             yield (
                 f"Tested against the best on the same documents: {how}; Holm's correction over all {tested} "
                 "comparisons of this table, level 5 %. The best was picked on these documents, which flatters it a bit."
@@ -123,25 +123,32 @@ def lower_is_better(names: Names) -> bool:
     return parse(names[0]).quantity == "token_ppl"
 
 
-@lru_cache(maxsize=8)  # a table and the list of its tests ask for the same
-def standings(results: tuple[Result, ...], columns: tuple[Names, ...]) -> Standings:
-    """The races of a table over its columns, tested and corrected."""
-    groups: dict[tuple[object, ...], list[Result]] = defaultdict(list)
+@lru_cache(maxsize=16)  # a table and the list of its tests ask for the same
+def standings(groups: tuple[tuple[Result, ...], ...], columns: tuple[Names, ...]) -> Standings:
+    """The races of a table over its columns, each among results of one group, tested and corrected."""
+    read = cache(samples)
+    competing = [field for group in groups for field in fields(group)]
+    # Column by column, because the races of a column can share the draws of a bootstrap.
+    drafts = [race for names in columns for field in competing for race in _race(field, names)]
+    return Standings(_corrected([_tested(race, read) for race in drafts]))
+
+
+def fields(results: Iterable[Result]) -> list[list[Result]]:
+    """The results that compete, those together that do so with each other."""
+    found: dict[tuple[object, ...], list[Result]] = defaultdict(list)
     for result in results:
         if not result.dense and result.on_budget:
             cell = result.records[0].cell
-            groups[result.model, result.ratio, cell["ratio_basis"], cell["dtype"], result.fine_tuned].append(result)
-    read = cache(samples)
-    # Column by column, because the races of a column can share the draws of a bootstrap.
-    drafts = [race for names in columns for group in groups.values() for race in _race(group, names)]
-    return Standings(_corrected([_tested(race, read) for race in drafts]))
+            found[result.model, result.ratio, cell["ratio_basis"], cell["dtype"], result.fine_tuned].append(result)
+    return list(found.values())
 
 
 def _race(group: Sequence[Result], names: Names) -> Iterator[Race]:
     """The race, untested, if there is one: what was measured otherwise than most cannot be best."""
-    values = {result: pooled.value for result in group if (pooled := result.average(names))}
+    pooled = {result: result.average(names) for result in group if result.possible(names)}
+    values = {result: found.value for result, found in pooled.items() if found and math.isfinite(found.value)}
     measured = [Measured(name, list(values)) for name in names]
-    alike = [r for r in values if not (math.isnan(values[r]) or any(metric.unlike(r) for metric in measured))]
+    alike = [result for result in values if not any(metric.unlike(result) for metric in measured)]
     if len(alike) < 2:
         return
     sign = 1 if lower_is_better(names) else -1

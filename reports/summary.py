@@ -7,7 +7,8 @@ from typing import Any
 from reports.accuracy import judged
 from reports.comparison import Measured, metric_names, uneven
 from reports.records import Record
-from reports.results import Result, brief, by_model, differing, settings_of
+from reports.results import Result, by_model
+from reports.settings import brief, differing
 from reports.tables import percent
 
 
@@ -99,7 +100,7 @@ def _several_commits(origins: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 def _unequal_settings(results: Sequence[Result]) -> Iterator[str]:
     """Methods of one model that were not given the same calibration, budget, precision or basis."""
     runs = {
-        (result.method, tuple(pair for pair in settings_of(record) if not pair[0].startswith("method_config.")))
+        (result.method, tuple(pair for pair in record.settings if not pair[0].startswith("method_config.")))
         for result in results
         if not result.dense
         for record in result.records

@@ -15,9 +15,13 @@ UNLIKE = "‡"
 CUT = "§"
 DOUBTED = "¶"
 TIED = "≈"
+HUGE = 1e7
+"""Numbers from here on are shown with an exponent,"""
+MOST_DECIMALS = 6
+"""and those that need more decimals."""
 LEGEND = {
     OFF_BUDGET: "off budget: the counted share of active parameters misses the asked ratio by more than its tolerance.",
-    TIED: "not significantly worse than the best of its model and ratio (bold), see the table significance.",
+    TIED: "not significantly worse than the best of those it competes with (bold), see the table significance.",
     UNLIKE: "measured under other conditions than the rest of its column, so not to be compared with it:",
     CUT: "measured on prompts that were cut at their start to fit the model's limit of tokens, as counted below.",
     DOUBTED: "published so, but it can hardly be right:",
@@ -103,23 +107,28 @@ def plain(text: str) -> str:
 
 
 def number(value: float | None, error: float | None = None) -> str:
-    """The value with at most two decimals: to two digits of its error, or else four digits of its own.
+    """The value to two digits of its error, or else to four of its own; two decimals are enough where they show one.
 
     >>> number(12.3456, 0.234), number(42.5, 7.906), number(1234.5), number(8), number(None)
     ('12.35 ± 0.23', '42.5 ± 7.9', '1234', '8', '-')
+    >>> number(5.12, 0.001), number(0.00412), number(1e300, 2e298)
+    ('5.1200 ± 0.0010', '0.0041', '1.000e+300 ± 2.000e+298')
     """
     if value is None:
         return "-"
     if isinstance(value, int) and error is None:
         return str(value)
+    parts = [value] if error is None else [value, error]
     places = _decimals(error, 2) if error else _decimals(value, 4)
-    return f"{value:.{places}f}" + (f" ± {error:.{places}f}" if error is not None else "")
+    lengthy = places > MOST_DECIMALS or any(HUGE <= abs(part) < math.inf for part in parts)
+    return " ± ".join(f"{part:.3e}" if lengthy else f"{part:z.{places}f}" for part in parts)
 
 
 def _decimals(value: float, digits: int) -> int:
     if value == 0 or not math.isfinite(value):
         return 2
-    return min(2, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+    exponent = math.floor(math.log10(abs(value)))
+    return min(2, max(0, digits - 1 - exponent)) if exponent >= -2 else 1 - exponent
 
 
 def percent(share: float) -> float:

@@ -10,7 +10,8 @@ from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, column
 from reports.figures.select import ERRORS, TOMOE, busiest, identity, main, measured, quality, tomoe, usual, value
 from reports.figures.style import COLUMN, share
-from reports.results import Result, brief, differing, settings_of
+from reports.results import Result
+from reports.settings import brief, differing
 
 MAIN_SETTINGS = "main settings"
 BAR, LINE = 0.16, 0.1
@@ -47,7 +48,7 @@ def _row(result: Result, reference: Result, name: str) -> Row:
 
 def changes(result: Result, reference: Result) -> str:
     """The settings a variant has and `reference` does not; or, where it only lacks some, those."""
-    own, others = settings_of(result.records[0]), settings_of(reference.records[0])
+    own, others = result.settings, reference.settings
     names = differing([own, others])
     added = brief(tuple(pair for pair in own if pair not in others), names)
     lacking = brief(tuple(pair for pair in others if pair not in own), names)

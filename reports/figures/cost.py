@@ -1,10 +1,10 @@
 """What compressing took, against what it gave."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from reports.cost import seconds
 from reports.figures.legends import method_legend, wrapped
 from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, grouped
@@ -17,7 +17,7 @@ from reports.standings import lower_is_better
 
 def build(results: Sequence[Result]) -> Content | None:
     """Seconds against quality; None where no compressed model has both."""
-    timed = [result for result in results if _times(result)]
+    timed = [result for result in results if seconds(result)]
     name = quality(compressed(timed))
     shown = busiest(main(usual(measured(timed, name)))) if name else []
     if not shown:
@@ -29,14 +29,8 @@ def build(results: Sequence[Result]) -> Content | None:
     return Content(caption=caption, rows=[_row(result, str(name)) for result in shown], draw=draw)
 
 
-def _times(result: Result) -> list[float]:
-    """Seconds of each seed."""
-    times = (record.time for record in result.records if record.time.get("compress_s"))
-    return [time["compress_s"] + (time.get("recover_s") or 0) for time in times]
-
-
 def _row(result: Result, name: str) -> Row:
-    return {**identity(result), "metric": name, "seconds": fmean(_times(result)), **value(result, name, "quality")}
+    return {**identity(result), "metric": name, "seconds": seconds(result), **value(result, name, "quality")}
 
 
 def draw(looks: Looks, rows: Rows) -> Figure:

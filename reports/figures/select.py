@@ -1,6 +1,5 @@
 """Which results a figure shows: few enough to be told apart, by rules that its caption states."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -39,10 +38,11 @@ def main(results: Sequence[Result]) -> list[Result]:
 
 
 def measured(results: Sequence[Result], name: str) -> list[Result]:
-    """Those that have a finite number, and one that can be compared with most others."""
+    """Those that have a number that can be, and that can be compared with most others."""
     column = Measured(name, results)
-    found = [(result, result.metric(name)) for result in results if not column.unlike(result)]
-    return [result for result, number in found if number and math.isfinite(number.value)]
+    return [
+        result for result in results if result.metric(name) and result.possible([name]) and not column.unlike(result)
+    ]
 
 
 def usual(results: Sequence[Result]) -> list[Result]:

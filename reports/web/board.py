@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.accuracy import few_shot, task_cells, task_columns, task_standings, zero_shot
+from reports.accuracy import few_shot, marked, task_columns, task_standings, zero_shot
 from reports.comparison import (
     IDENTITY,
     Measured,
@@ -104,13 +104,7 @@ def _perplexities(results: Sequence[Result]) -> Part:
 def _tasks(results: Sequence[Result], names: Sequence[MetricName]) -> Part:
     measured = [result for result in results if any(result.metric(str(name)) for name in names)]
     tasks, standing = [Measured(str(name), measured) for name in names], task_standings(results, names)
-    keys = [*((str(name),) for name in names), *([tuple(map(str, names))] if len(names) > 1 else [])]
-
-    def cells(result: Result) -> tuple[Cell, ...]:
-        found = zip(task_cells(result, tasks), keys, strict=True)
-        return tuple(standing.cell(cell, result, key) for cell, key in found)
-
-    return task_columns(names), [cells(result) for result in results]
+    return task_columns(names), [tuple(marked(result, tasks, standing)) for result in results]
 
 
 def _speed(results: Sequence[Result]) -> Part:

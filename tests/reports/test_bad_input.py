@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from reports.formats import FORMATS
@@ -18,7 +18,10 @@ from reports.render import files
 from tests.reports import factory
 
 Place = tuple[str, ...]
-ODD = [None, "x", "", [], {}, [1], {"a": 1}, True, -1, 0, 0.5, 1e300, math.nan, math.inf, -math.inf, "<b>|\\&_$"]
+WORDS = ["x", "", "<b>|\\&_$", "\ud800"]
+NUMBERS = [True, -1, 0, 0.5, 1e308, 10**400, math.nan, math.inf, -math.inf]
+GONE = ...
+ODD = [GONE, None, [], {}, [1], {"a": 1}, *WORDS, *NUMBERS]
 
 
 def places(content: Any, at: Place = ()) -> Iterator[Place]:
@@ -29,7 +32,9 @@ def places(content: Any, at: Place = ()) -> Iterator[Place]:
             yield from places(value, (*at, key))
 
 
-GOOD = factory.record(method="tomoe", ratio=0.6)
+GOOD = factory.record(
+    method="tomoe", ratio=0.6, cell__recover={"kind": "lora"}, provenance__recovery={"tokens": 307_200}
+)
 PLACES = list(places(GOOD))
 
 
@@ -38,21 +43,30 @@ def spoilt(place: Place, value: Any) -> dict[str, Any]:
     part = content
     for key in place[:-1]:
         part = part[key]
-    part[place[-1]] = value
+    if value is GONE:
+        del part[place[-1]]
+    else:
+        part[place[-1]] = value
     return content
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(PLACES), value=st.sampled_from(ODD))
+@example(place=("provenance", "recovery", "tokens"), value="x")
+@example(place=("size", "stored_bytes"), value=10**400)
+@example(place=("metrics", "arc_easy/acc_norm@0shot", "value"), value=10**400)
+@example(place=("time", "compress_s"), value=1e308)
+@example(place=("cell", "model"), value="\ud800")
 def test_any_value_anywhere_renders_or_is_told(
     tmp_path_factory: pytest.TempPathFactory, place: Place, value: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("results")
-    factory.write(folder, [factory.record(), factory.record(method="tomoe", ratio=0.6, seed=1)])
+    factory.write(folder, [factory.record(), copy.deepcopy(GOOD) | {"cell": GOOD["cell"] | {"id": "1", "seed": 1}}])
     (folder / "record.json").write_text(json.dumps(spoilt(place, value)))
     found = read_all(folder)
     assert len(found) + len([p for p in found.problems if "left out" in p]) == 3
-    assert "tiny-llama" in files(found, 2.5)["report.md"]
+    texts = [text for text in files(found, 2.5).values() if isinstance(text, str)]
+    assert b"tiny-llama" in "".join(texts).encode()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -65,7 +79,7 @@ def test_numbers_that_are_none_are_shown_and_never_best(tmp_path: Path, value: f
     found = files(read_all(factory.write(tmp_path, records)))
     text = found["zero-shot.md"]
     assert str(value) in text and text.count("**") == 2 and "**50" in text
-    assert "numbers that are none" in found["report.md"].partition("## What was run")[0]
+    assert "numbers that cannot be" in found["report.md"].partition("## What was run")[0]
 
 
 def test_names_with_signs_of_every_format_stay_text(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 from reports.families import constructions_table, semi_structured_table
 from reports.records import read_all
 from reports.results import Result, pool
+from reports.significance import significance_table
+from reports.tables import TIED, Table
 from tests.reports import factory
 
 
@@ -57,6 +59,37 @@ def test_perplexity_alone_is_enough(tmp_path: Path) -> None:
     found = [factory.record(metrics=metrics), factory.record(method="wanda", ratio=0.6, metrics=metrics)]
     table = semi_structured_table(pool(read_all(factory.write(tmp_path, found))))
     assert table and [str(column) for column in table.columns[5:]] == ["wikileads: @512"]
+
+
+def standing(table: Table | None, label: str) -> dict[str, str]:
+    """By method: best, tied or nothing, below a header."""
+    assert table
+    index = [str(column) for column in table.columns].index(label)
+    return {str(row[3]): "best" * row[index].best + "tied" * (TIED in row[index].marks) for row in table.rows}
+
+
+def test_best_and_tied_are_marked_among_the_family_and_tomoe(tmp_path: Path) -> None:
+    texts = {"wanda": 3.2, "sparsegpt": 3.0, "tomoe": 3.001, "shortgpt": 2.0, "magnitude": 2.5}
+    right = {"wanda": 30, "sparsegpt": 50, "tomoe": 48, "shortgpt": 60, "magnitude": 60}
+    noise = [0.1, -0.1, 0.05, -0.05, 0.2, -0.2, 0.0, 0.01] * 2
+    records = [
+        factory.sampled(
+            factory.record(method=method, ratio=0.6, size__on_budget=method != "magnitude"),
+            {
+                "wikileads/token_ppl@512": [texts[method] + (each if method == "tomoe" else 0) for each in noise],
+                "piqa/acc@0shot": [1.0] * right[method] + [0.0] * (60 - right[method]),
+            },
+        )
+        for method in texts
+    ]
+    found = results(tmp_path, *records)
+    table = semi_structured_table(found)
+    expected = {"dense": "", "magnitude": "", "sparsegpt": "best", "tomoe": "tied", "wanda": ""}
+    assert standing(table, "wikileads: @512") == standing(table, "piqa: acc") == expected
+    tests = significance_table(found)
+    assert tests and [row[5].value for row in tests.rows if row[0].value == "semi-structured"] == ["tomoe", "wanda"] * 2
+    assert table and "exact McNemar" in " ".join(table.notes) and "bootstrap over windows" in " ".join(table.notes)
+    assert "over all 4 comparisons" in " ".join(table.notes)
 
 
 def test_without_the_family_there_is_no_table(tmp_path: Path) -> None:

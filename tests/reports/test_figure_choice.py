@@ -97,8 +97,7 @@ def test_ratios_of_another_basis_than_most_are_left_out_and_the_axis_names_it(
 
 def test_files_beside_records_are_looked_for_before_settings_are_chosen(tmp_path: Path) -> None:
     many = [run("tomoe", ratio, method_config={"experts": 1}) for ratio in (0.8, 0.7, 0.6)]
-    structure = factory.structure(blocks=1, mixture={"union_share": 0.5}) | {"loads": {}}
-    structure["layers"][0]["layer"] = 0
+    structure = factory.structure(blocks=1, mixture=factory.mixture())
     few = [run("tomoe", 0.8, method_config={"experts": 8}) | {"structure": structure}]
     found = rows(tmp_path, factory.record(), *many, *few)
     assert {row["settings"] for row in found["unions"]} == {row["settings"] for row in found["widths"]}

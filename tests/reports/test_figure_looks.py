@@ -103,8 +103,8 @@ def front(tmp_path: Path, metrics: list[tuple[float, float]], name: str) -> Plot
 @pytest.mark.parametrize("name", ["wikileads/token_ppl@512", "arc_easy/acc@0shot"])
 @pytest.mark.parametrize("count", [3, 80])
 def test_labels_of_the_front_touch_neither_each_other_nor_points(tmp_path: Path, name: str, count: int) -> None:
-    sign = 1 if "ppl" in name else -1
-    plot = front(tmp_path, [(1 + at / count, 0.5 + sign * at / count / 3) for at in range(count)], name)
+    start, sign = (1.5, 1) if "ppl" in name else (0.5, -1)
+    plot = front(tmp_path, [(1 + at / count, start + sign * at / count / 3) for at in range(count)], name)
     figure = drawn(plot)
     (panel,) = figure.axes
     labels = [box(figure, text) for text in panel.texts]

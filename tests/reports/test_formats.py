@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from reports.accuracy import zero_shot_table
-from reports.formats import FORMATS
+from reports.formats import FORMATS, escape_markdown
 from reports.perplexity import perplexity_table
 from reports.records import read_all
 from reports.render import build
@@ -383,3 +383,9 @@ def test_the_best_has_a_star_in_a_terminal() -> None:
     text = terminal(table_of((Cell("a"), Cell(1.5, best=True)), (Cell("b"), Cell(2.5))), 80)
     assert "1.50*" in text and "2.50*" not in text and "* the best" in text
     assert "the best" not in terminal(table_of((Cell("a"), Cell(1.5))), 80)
+
+
+@pytest.mark.parametrize("text", ["# x", "## x", "- x", "+ x", "12. x", "1) x", "-", "-1 x", "1.5 x", "#x", "a - b"])
+def test_no_text_begins_a_heading_or_a_list(text: str) -> None:
+    assert MarkdownIt().render(escape_markdown(text)) == f"<p>{text}</p>\n" or text == "-"
+    assert (escape_markdown(text) == text) == (text in ("-", "-1 x", "1.5 x", "#x", "a - b"))

@@ -169,7 +169,7 @@ def test_no_records_say_how_to_make_some(tmp_path: Path) -> None:
 def test_problems_stand_at_the_top(tmp_path: Path) -> None:
     factory.write(tmp_path, [factory.record(), factory.record(schema=2, seed=1)])
     report = files(read_all(tmp_path))["report.md"]
-    assert report.index("has schema 2") < report.index("1 finished cells") < report.index("## What was run")
+    assert report.index("has schema 2") < report.index("1 finished cell.") < report.index("## What was run")
 
 
 def test_tables_are_shown_in_the_terminal(tmp_path: Path) -> None:
@@ -221,3 +221,9 @@ def test_a_skipped_task_is_one_row_however_many_cells_lack_it(tmp_path: Path) ->
         "python run_all.py --models tiny-llama --methods dense --ratios 1.0 --seeds 0 1 --budget demo "
         "--tasks sciq@0shot",
     ]
+
+
+def test_tables_are_printed_where_the_locale_has_no_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("--results", factory.write(tmp_path, factory.matrix()), "--show", "perplexity")
+    assert done.returncode == 0 and "18.30 ? 0.61" in done.stdout

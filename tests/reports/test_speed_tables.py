@@ -1,11 +1,13 @@
 """What the tables of the speed task show: units, batches, what was not measured, where memory ended, and money."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reports.cost import cost_table
+from reports.formats import comma_separated
 from reports.records import read_all
 from reports.render import files
 from reports.speed import latency_table, speed_table, work_table
@@ -74,7 +76,7 @@ def test_what_older_records_lack_is_no_table_and_no_column(tmp_path: Path) -> No
 
 
 def test_a_device_has_a_column_for_its_host(tmp_path: Path) -> None:
-    found = results(tmp_path, record(metrics=metrics(1) | {"speed/peak_host_bytes@b1": entry(2.5e9)}))
+    found = results(tmp_path, record(metrics=metrics(1) | {"speed/peak_host_bytes@b1": entry(2.5e9, stderr=None)}))
     assert lookup(speed_table(found))[*KEY, "1", "Peak of host, MB"].startswith("2500")
 
 
@@ -144,6 +146,22 @@ def test_small_costs_are_not_rounded_away(tmp_path: Path) -> None:
         lookup(cost_table(results(tmp_path, record(metrics=fast)), 3.6))[*KEY, "1", "USD per million tokens: prefill"]
         == f"{1e-3 / 3:.3g}"
     )
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1e-320, math.inf, -math.inf, math.nan])
+def test_speeds_and_times_that_cannot_be_have_no_price(tmp_path: Path, value: float) -> None:
+    wrong = record(metrics={"speed/decode_tokens_per_s@b1": entry(value), "speed/prefill_tokens_per_s@b1": entry(2.0)})
+    wrong["time"] |= {"compress_s": 9.0, "recover_s": -2.0} if abs(value) < 1 else {"compress_s": value}
+    shown = lookup(cost_table(results(tmp_path, wrong), 3.6))
+    assert shown[*KEY, "1", "USD per million tokens: decode"] == "-"
+    assert shown[*KEY, "1", "USD per million tokens: prefill"] == "500"
+    assert shown[*KEY, "1", "Compressing, USD"] == "-"
+
+
+def test_prices_keep_their_digits_in_csv(tmp_path: Path) -> None:
+    fast = {"speed/prefill_tokens_per_s@b1": entry(3.0)}
+    table = cost_table(results(tmp_path, record(metrics=fast)), 3.6)
+    assert table and float(comma_separated(table).split(",")[-2]) == 0.001 * 1e6 / 3
 
 
 def test_no_costs_without_a_price(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,40 @@ def test_off_budget_fine_tuned_and_other_ratios_do_not_compete(tmp_path: Path) -
     marked = {name: standing(cell) for name, cell in column(table, "arc_easy: acc_norm").items()}
     assert marked["wanda"] == marked["sleb"] == "" and marked["shortgpt"] == "best"
     assert marked["shortgpt + fine-tuning"] == "best" and marked["slicegpt + fine-tuning"] == ""
+
+
+IMPOSSIBLE = [math.nan, math.inf, -math.inf, -5.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "label"),
+    [(TEXT, value, "wikileads @512: 60 %") for value in (*IMPOSSIBLE, 0.0, 0.99)]
+    + [(ARC, value, "arc_easy: acc_norm") for value in (*IMPOSSIBLE, 50.0, 1.01)],
+)
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_numbers_that_cannot_be_do_not_compete(tmp_path: Path, name: str, value: float, label: str, seeds: int) -> None:
+    wrong = made("shortgpt", 58, nats=2.0)
+    wrong["metrics"][name]["value"] = value
+    others = [made("slicegpt", 40), made("sleb", 38), made("random", 36, nats=4.0)]
+    found = results(tmp_path, wrong, *(made("shortgpt", 58, seed=seed) for seed in range(1, seeds)), *others)
+    cells = column(perplexity_table(found) if name == TEXT else zero_shot_table(found), label)
+    assert standing(cells["shortgpt"]) == "" and standing(cells["slicegpt"]) == "best"
+
+
+def test_the_least_and_the_greatest_value_that_can_be_compete(tmp_path: Path) -> None:
+    found = results(tmp_path, made("shortgpt", 60, nats=0.0), made("slicegpt", 40))
+    for name, value in ((TEXT, 1.0), (ARC, 1.0)):
+        for record in found[0].records:
+            record.metrics[name] = replace(record.metrics[name], value=value)  # type: ignore[index]
+    assert column(perplexity_table(found), "wikileads @512: 60 %")["shortgpt"].best
+    assert column(zero_shot_table(found), "arc_easy: acc_norm")["shortgpt"].best
+
+
+def test_ratios_beyond_reading_have_an_exponent(tmp_path: Path) -> None:
+    rows = rows_of(results(tmp_path, made("shortgpt", 50), made("slicegpt", 40, nats=600.0)))
+    assert float(rows[0]["Difference"]) > 1e200
+    table = significance_table(results(tmp_path / "b", made("shortgpt", 50), made("slicegpt", 40, nats=600.0)))
+    assert table and max(len(str(cell)) for cell in table.rows[0]) < 30
 
 
 def test_without_samples_the_best_is_bold_and_nothing_is_claimed(tmp_path: Path) -> None:

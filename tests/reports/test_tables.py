@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,52 @@ def test_examples_in_docstrings() -> None:
     assert doctest.testmod(reports.tables).failed == 0
 
 
-@settings(deadline=None)
-@given(value=st.floats(1e-3, 1e9), error=st.floats(1e-6, 1e6))
+def step(shown: str) -> Decimal:
+    """What its last digit is worth."""
+    return Decimal(1).scaleb(Decimal(shown).as_tuple().exponent)
+
+
+@settings(deadline=None, max_examples=500)
+@given(value=st.floats(-1e308, 1e308), error=st.floats(0, 1e308))
 @example(value=99.996, error=0.0996)
-def test_shown_number_is_within_its_last_digit(value: float, error: float) -> None:
-    shown, plus_minus = number(value, error).split(" ± ")
-    places = len(shown.partition(".")[2])
-    assert places <= 2 and len(plus_minus.partition(".")[2]) == places
-    half_a_digit = 0.5 * 10**-places * (1 + 1e-9)
-    assert abs(float(shown) - value) <= half_a_digit and abs(float(plus_minus) - error) <= half_a_digit
+@example(value=0.5, error=0.00996)
+@example(value=5.0, error=5e-324)
+def test_shown_number_and_error_are_within_half_their_last_digit(value: float, error: float) -> None:
+    for exact, shown in zip((value, error), number(value, error).split(" ± "), strict=True):
+        assert abs(Decimal(shown) - Decimal(exact)) <= step(shown) / 2
+        assert len(shown) <= 15 and (exact == 0 or shown.strip("-0.") or abs(value) < error)
+
+
+@given(value=st.floats(-1e308, 1e308))
+def test_a_number_alone_is_never_rounded_to_nothing(value: float) -> None:
+    shown = number(value)
+    assert abs(Decimal(shown) - Decimal(value)) <= step(shown) / 2 and len(shown) <= 11
+    assert (Decimal(shown) == 0) == (value == 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.0123, 0.0004, "0.01230 ± 0.00040"),
+        (5.12, 0.0099, "5.1200 ± 0.0099"),
+        (5.12, 0.01, "5.12 ± 0.01"),
+        (5.12, 0.0, "5.12 ± 0.00"),
+        (-0.001, 0.5, "0.00 ± 0.50"),
+        (5e6, 1e300, "5.000e+06 ± 1.000e+300"),
+        (9_999_999.0, None, "9999999"),
+        (1e7, None, "1.000e+07"),
+        (0.004, None, "0.0040"),
+        (-0.001, None, "-0.0010"),
+        (-0.0, None, "0.00"),
+        (1.5, None, "1.50"),
+        (2e-9, None, "2.000e-09"),
+        (math.inf, 0.5, "inf ± 0.50"),
+        (0.5, math.nan, "0.50 ± nan"),
+        (math.nan, 1e300, "nan ± 1.000e+300"),
+    ],
+)
+def test_how_numbers_look(value: float, error: float | None, shown: str) -> None:
+    assert number(value, error) == shown
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])

@@ -1,12 +1,16 @@
 """The tables of one method's runs, of what models are made of, and of throughput."""
 
+import math
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from reports.modules import modules_table, published_modules_table
 from reports.records import read_all
 from reports.results import Result, pool
-from reports.tables import Table
+from reports.significance import significance_table
+from reports.tables import TIED, Table
 from reports.throughput import throughput_table
 from reports.variants import ablations_table, settings_table
 from tests.reports import factory
@@ -43,6 +47,85 @@ def test_calibrations_are_settings_and_no_ablation(tmp_path: Path) -> None:
         ["as most", "calibration=wikileads"],
     )
     assert ablations_table(found) is None and settings_table(found[:1]) is None
+
+
+def test_variants_of_presets_that_share_a_name_say_what_else_differs(tmp_path: Path) -> None:
+    texts = [("wikileads", 16), ("wikileads", 64), ("alpaca", 16)]
+    records = [
+        factory.record(method="sleb", ratio=0.6, cell__calibration={"name": name, "samples": samples})
+        for name, samples in texts
+    ]
+    assert sorted(column(settings_table(results(tmp_path, *records)), "Settings")) == [
+        "as most",
+        "calibration.samples=64",
+        "calibration=alpaca",
+    ]
+
+
+def test_variants_say_what_they_have_and_what_they_lack(tmp_path: Path) -> None:
+    records = [tomoe(experts=8, tau=0.4, heads=1), tomoe(experts=8, tau=0.4, heads=2), tomoe(experts=4, heads=1)]
+    table = ablations_table(results(tmp_path, *records))
+    assert sorted(column(table, "Settings")) == ["as most", "experts=4, without method_config.tau", "heads=2"]
+
+
+def marks(table: Table | None, label: str) -> dict[tuple[object, ...], bool]:
+    """Whether it is the best, by method and settings, below a header."""
+    assert table
+    index = [str(column) for column in table.columns].index(label)
+    return {(row[3].value, row[4].value): row[index].best for row in table.rows}
+
+
+def test_best_is_marked_among_the_runs_of_one_method(tmp_path: Path) -> None:
+    def run(method: str, text: str, value: float, **changes: Any) -> dict[str, Any]:
+        metrics = {"wikileads/token_ppl@512": {"value": value, "stderr": 1.0, "n": 8}}
+        return factory.record(method=method, ratio=0.6, cell__calibration={"name": text}, metrics=metrics, **changes)
+
+    records = [run("sleb", "a", 30.0), run("sleb", "b", 20.0), run("random", "a", 10.0), run("random", "b", 11.0)]
+    found = results(tmp_path, *records, run("random", "a", 5.0, cell__dtype="bfloat16"))
+    table = settings_table(found)
+    best = [key for key, best in marks(table, "wikileads: @512").items() if best]
+    assert best == [("random", "as most"), ("sleb", "calibration=b")]
+    assert table and table.notes[0].startswith("Bold: the best of the runs of a method")
+
+
+def test_variants_of_tomoe_are_tested(tmp_path: Path) -> None:
+    scores = {8: 50, 4: 48, 2: 20}
+    records = [
+        factory.sampled(tomoe(experts=experts), {"piqa/acc@0shot": [1.0] * right + [0.0] * (60 - right)})
+        for experts, right in scores.items()
+    ]
+    found = results(tmp_path, *records)
+    table = ablations_table(found)
+    assert table
+    cells = {row[4].value: row[5] for row in table.rows}
+    assert cells["experts=8"].best and cells["experts=4"].marks == TIED and not cells["as most"].marks
+    tests = significance_table(found)
+    assert tests and {row[0].value for row in tests.rows} >= {"ablations"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ({}, {"slicegpt"}),
+        ({"provenance__device": "another"}, {"shortgpt"}),
+        ({"size__on_budget": False}, {"shortgpt"}),
+        ({"ratio": 0.8}, {"shortgpt"}),
+        ({"rate": -1e9}, {"shortgpt"}),
+        ({"rate": math.inf}, {"shortgpt"}),
+        ({"rate": 200.0}, {"shortgpt", "slicegpt"}),
+    ],
+)
+def test_the_fastest_of_what_can_be_compared_is_bold(tmp_path: Path, changes: dict[str, Any], best: set[str]) -> None:
+    rates = {"dense": 900.0, "shortgpt": 200.0, "sleb": 100.0, "slicegpt": changes.get("rate", 300.0)}
+    kept = {key: value for key, value in changes.items() if key != "rate"}
+    records = []
+    for method, rate in rates.items():
+        metrics = {f"speed/decode_tokens_per_s@b{b}": {"value": rate, "stderr": 1.0, "n": 3} for b in (1, 4)}
+        place: dict[str, Any] = {"ratio": 1.0 if method == "dense" else 0.6}
+        records.append(factory.record(method=method, metrics=metrics, **place | (kept if method == "slicegpt" else {})))
+    table = throughput_table(results(tmp_path, *records))
+    assert table and {str(row[3]) for row in table.rows if row[6].best} == best
+    assert "nothing was tested" in table.caption
 
 
 def test_ratios_and_recipes_are_no_variants(tmp_path: Path) -> None:
