@@ -174,7 +174,7 @@ def uneven(results: Sequence[Result]) -> Iterator[str]:
 def tried(group: Sequence[Result], absent: Iterable[Absent]) -> list[Result | Absent]:
     """The results of a model, and in their order what was tried there in vain."""
     every: list[Result | Absent] = [*group, *(one for one in absent if one.model == group[0].model)]
-    return sorted(every, key=lambda one: (isinstance(one, Absent) or not one.dense, -one.ratio, one.method))
+    return sorted(every, key=lambda one: (not one.dense, -one.ratio, one.method))
 
 
 def in_vain(absent: Iterable[Absent]) -> Iterator[str]:

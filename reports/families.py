@@ -3,10 +3,21 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from reports.accuracy import contested, judged, marked, published_names, published_rows, task_columns
-from reports.comparison import IDENTITY, UNEVEN, Measured, MetricName, identity, plus_minus, remarks, versions
+from reports.comparison import (
+    IDENTITY,
+    UNEVEN,
+    Measured,
+    MetricName,
+    identity,
+    in_vain,
+    plus_minus,
+    remarks,
+    tried,
+    versions,
+)
 from reports.perplexity import texts
 from reports.published import Line, beside, provenance
-from reports.results import Result, by_model
+from reports.results import Absent, Result, Results, by_model
 from reports.standings import Standings, standings
 from reports.tables import Cell, Column, Table, legend, percent
 
@@ -21,20 +32,20 @@ SHARES = (
 )
 
 
-def semi_structured_table(results: Sequence[Result]) -> Table | None:
+def semi_structured_table(results: Results) -> Table | None:
     """Single weights in a pattern against ToMoE; None where no pattern was measured."""
     title = "Semi-structured sparsity and ToMoE"
     caption = "Single weights, whose zeros count as removed although only kernels for their pattern skip them, against "
     return _table(results, SEMI_STRUCTURED, "semi-structured", title, f"{caption}whole structures. ")
 
 
-def constructions_table(results: Sequence[Result]) -> Table | None:
+def constructions_table(results: Results) -> Table | None:
     """Ways to cut MLPs into experts against ToMoE; None where none was measured."""
     title = "Mixtures of experts made of dense models"
     return _table(results, CONSTRUCTIONS, "constructions", title, "Ways to make a dense model a mixture of experts. ")
 
 
-def _table(results: Sequence[Result], family: Sequence[str], name: str, title: str, caption: str) -> Table | None:
+def _table(results: Results, family: Sequence[str], name: str, title: str, caption: str) -> Table | None:
     shown = _shown(results, family)
     if not shown:
         return None
@@ -42,10 +53,12 @@ def _table(results: Sequence[Result], family: Sequence[str], name: str, title: s
     measured = {group[0].model: (_measured(words, group), _measured(tasks, group)) for group in by_model(shown)}
     metrics = [*map(str, words), *published_names(tasks)]
     published = beside(shown, metrics)
+    tried_by_model = (_opponents(tried(group, results.absent), family) for group in by_model(results))
+    every = [one for group in tried_by_model for one in group]
     rows = tuple(
         row
-        for result in shown
-        for row in (_row(result, *measured[result.model], standing), *_published(published, result, metrics))
+        for one in every
+        for row in (_row(one, *measured[one.model], standing), *_published(published, one, metrics))
     )
     return Table(
         name=name,
@@ -69,6 +82,7 @@ def _table(results: Sequence[Result], family: Sequence[str], name: str, title: s
             ),
             *standing.notes(),
             *remarks(shown),
+            *in_vain(one for one in every if isinstance(one, Absent)),
             *provenance(published, metrics),
             *versions(shown, (*words, *tasks)),
         ),
@@ -100,30 +114,31 @@ def _measured(names: Sequence[MetricName], group: Sequence[Result]) -> list[Meas
 
 
 def _shown(results: Sequence[Result], family: Sequence[str]) -> list[Result]:
-    return [result for group in by_model(results) for result in _opponents(group, family)]
+    every = (one for group in by_model(results) for one in _opponents(group, family))
+    return [one for one in every if isinstance(one, Result)]
 
 
 def _published(
-    published: Mapping[Result, Sequence[Line]], result: Result, metrics: Sequence[str]
+    published: Mapping[Result, Sequence[Line]], result: Result | Absent, metrics: Sequence[str]
 ) -> Iterator[tuple[Cell, ...]]:
     """The published rows below a result's; the paper does not say their share of the whole model."""
     for head in published_rows(published, result, metrics):
         yield *head[: len(IDENTITY)], Cell(None), *head[len(IDENTITY) :]
 
 
-def _opponents(group: Sequence[Result], family: Sequence[str]) -> Iterator[Result]:
+def _opponents(group: Sequence[Result | Absent], family: Sequence[str]) -> Iterator[Result | Absent]:
     """Of one model the dense row, those of the family, and ToMoE near ratios of theirs: 2:4 keeps a bit over 50 %."""
-    ratios = {result.ratio for result in group if _method(result) in family}
-    for result in group:
-        near = any(abs(result.ratio - ratio) <= UNEVEN for ratio in ratios)
-        if ratios and (result.dense or (near and _method(result) in {*family, RIVAL})):
-            yield result
+    ratios = {one.ratio for one in group if one.name in family and isinstance(one, Result)}
+    for one in group:
+        near = any(abs(one.ratio - ratio) <= UNEVEN for ratio in ratios)
+        if ratios and (one.dense or one.name in family or (near and one.name == RIVAL)):
+            yield one
 
 
-def _method(result: Result) -> str:
-    return result.records[0].cell["method"]
-
-
-def _row(result: Result, texts: Sequence[Measured], tasks: Sequence[Measured], standing: Standings) -> tuple[Cell, ...]:
+def _row(
+    result: Result | Absent, texts: Sequence[Measured], tasks: Sequence[Measured], standing: Standings
+) -> tuple[Cell, ...]:
+    if isinstance(result, Absent):
+        return *identity(result), Cell(None), *[Cell(None)] * len(texts), *marked(result, tasks, standing)
     share = Cell(percent(result.size("active_total") / result.size("dense_params")))
     return *identity(result), share, *mixed_cells(result, texts, tasks, standing)

@@ -77,7 +77,7 @@ def _span(values: Sequence[float]) -> str:
 
 def published_modules_table(results: Sequence[Result]) -> Table | None:
     """Which parts of ToMoE the paper keeps after training; None without ToMoE."""
-    if not any(result.records[0].cell["method"] == RIVAL for result in results):
+    if not any(result.name == RIVAL for result in results):
         return None
     labels = {"module": "Module", "kept_or_removed": "After training", "structure": "Structure"}
     found = read("table08_modules.csv")

@@ -159,7 +159,7 @@ def _told(share: Share) -> str:
 
 
 def _who(result: Result) -> Who:
-    return HUB.get(result.model, result.model), result.records[0].cell["method"], result.fine_tuned
+    return HUB.get(result.model, result.model), result.name, result.fine_tuned
 
 
 def _share_of(result: Result) -> Share:

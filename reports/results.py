@@ -56,6 +56,11 @@ class Result:
     """Those of seeds of which nothing was."""
 
     @property
+    def name(self) -> str:
+        """The method's, as on the command line."""
+        return self.records[0].cell["method"]
+
+    @property
     def settings(self) -> Settings:
         """Those of its records."""
         return self.records[0].settings
@@ -121,8 +126,12 @@ class Absent:
     """As in a `Result`."""
     method: str
     """As in a `Result`."""
+    name: str
+    """As in a `Result`."""
     ratio: float
     """The asked share of active parameters."""
+    dense: bool
+    """Whether it was the uncompressed model."""
     status: str
     """`failed` or `skipped`."""
     settings: Settings
@@ -220,7 +229,9 @@ def _result(
 def _absent(key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]]) -> Absent:
     model, method, ratio, settings = key
     title = _title(method, settings, variants[model, method], [])
-    return Absent(model=model, method=title, ratio=ratio, settings=settings, status=group[0].status, why=group[0].error)
+    status, why = group[0].status, group[0].error
+    told = {"model": model, "method": title, "name": method, "ratio": ratio, "dense": method == "dense"}
+    return Absent(**told, settings=settings, status=status, why=why)
 
 
 def _model_order(result: Result) -> tuple[float, str]:

@@ -55,7 +55,7 @@ def _settings(results: Sequence[Result]) -> list[Group]:
 
 
 def _ablations(results: Sequence[Result]) -> list[Group]:
-    rivals = [result for result in results if result.records[0].cell["method"] == RIVAL]
+    rivals = [result for result in results if result.name == RIVAL]
     return _groups(rivals, lambda name: name.startswith(OWN))
 
 
@@ -68,7 +68,7 @@ def _groups(results: Sequence[Result], varies: Callable[[str], bool]) -> list[Gr
     alike: dict[Hashable, list[Result]] = defaultdict(list)
     for result in results:
         rest = tuple(pair for pair in result.settings if not varies(pair[0]))
-        alike[result.model, result.ratio, result.records[0].cell["method"], rest].append(result)
+        alike[result.model, result.ratio, result.name, rest].append(result)
     return [list(_told_apart(group, varies)) for group in alike.values() if len(group) > 1]
 
 
@@ -115,5 +115,5 @@ def _table(groups: Sequence[Group], name: str, title: str, caption: str) -> Tabl
 
 def _identity(result: Result) -> tuple[Cell, ...]:
     """Without the settings, which have a column of their own."""
-    method = result.records[0].cell["method"] + FINE_TUNED * result.fine_tuned
+    method = result.name + FINE_TUNED * result.fine_tuned
     return *identity(result)[:-1], Cell(method)

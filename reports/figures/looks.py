@@ -12,7 +12,7 @@ from itertools import cycle
 import matplotlib
 from matplotlib.colors import to_hex
 
-from reports.figures.select import method, tomoe
+from reports.figures.select import tomoe
 from reports.results import Result
 
 FAMILIES = {
@@ -51,7 +51,7 @@ class Looks:
 
 def looks(results: Sequence[Result]) -> Looks:
     """Those of a report on the results."""
-    return Looks(_methods(set(map(method, results))), _ratios({result.ratio for result in tomoe(results)}))
+    return Looks(_methods({result.name for result in results}), _ratios({result.ratio for result in tomoe(results)}))
 
 
 def _methods(shown: set[str]) -> dict[str, Look]:

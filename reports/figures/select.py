@@ -20,21 +20,16 @@ ALIKE = f"{MAIN} What was measured under other conditions than most (‡ in the 
 ERRORS = "error bars are one standard error, or the standard deviation over seeds where there are several"
 
 
-def method(result: Result) -> str:
-    """The name of a result's method, without settings."""
-    return result.records[0].cell["method"]
-
-
 def main(results: Sequence[Result]) -> list[Result]:
     """Of each method, fine-tuned or not, the settings that were measured at most ratios; of equals those first met."""
     ratios = Counter(result.method for result in results)
     chosen: dict[tuple[str, bool], str] = {}
     for result in results:
-        kind = method(result), result.fine_tuned
+        kind = result.name, result.fine_tuned
         best = chosen.setdefault(kind, result.method)
         if ratios[result.method] > ratios[best]:
             chosen[kind] = result.method
-    return [result for result in results if chosen[method(result), result.fine_tuned] == result.method]
+    return [result for result in results if chosen[result.name, result.fine_tuned] == result.method]
 
 
 def measured(results: Sequence[Result], name: str) -> list[Result]:
@@ -58,7 +53,7 @@ def _kind(result: Result) -> tuple[str, str]:
 
 def tomoe(results: Sequence[Result]) -> list[Result]:
     """ToMoE's results at any settings, not fine-tuned."""
-    return [result for result in results if method(result) == TOMOE and not result.fine_tuned]
+    return [result for result in results if result.name == TOMOE and not result.fine_tuned]
 
 
 def compressed(results: Sequence[Result]) -> list[Result]:
@@ -89,7 +84,7 @@ def quality(results: Sequence[Result]) -> str | None:
 def identity(result: Result) -> dict[str, Any]:
     """The first columns of every row that stands for a result."""
     return {
-        "method": method(result),
+        "method": result.name,
         "settings": result.method,
         "fine_tuned": int(result.fine_tuned),
         "ratio": result.ratio,

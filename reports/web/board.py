@@ -117,7 +117,7 @@ def _row(result: Result, numbers: tuple[Cell, ...]) -> Row:
     states = (f"{record.status}: {record.error}" for record in result.records if record.status != "done")
     status = Cell("; ".join(dict.fromkeys(states)) or "done")
     ratio, (*own, method) = f"{percent(result.ratio):g}", identity(result)
-    return Row(result.model, result.records[0].cell["method"], ratio, (method, *own, *numbers, status), result.records)
+    return Row(result.model, result.name, ratio, (method, *own, *numbers, status), result.records)
 
 
 def _empty(record: Record, count: int) -> Row:

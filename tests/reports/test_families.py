@@ -5,13 +5,13 @@ from typing import Any
 
 from reports.families import constructions_table, semi_structured_table
 from reports.records import read_all
-from reports.results import Result, pool
+from reports.results import Results, pool
 from reports.significance import significance_table
 from reports.tables import TIED, Table
 from tests.reports import factory
 
 
-def results(tmp_path: Path, *found: dict[str, Any]) -> list[Result]:
+def results(tmp_path: Path, *found: dict[str, Any]) -> Results:
     return pool(read_all(factory.write(tmp_path, [factory.record(), *found])))
 
 
@@ -95,3 +95,15 @@ def test_best_and_tied_are_marked_among_the_family_and_tomoe(tmp_path: Path) -> 
 def test_without_the_family_there_is_no_table(tmp_path: Path) -> None:
     found = results(tmp_path, factory.record(method="tomoe", ratio=0.6))
     assert semi_structured_table(found) is None and constructions_table(found) is None
+
+
+def test_what_was_tried_in_vain_stands_among_its_family(tmp_path: Path) -> None:
+    lost = [factory.failed("tiny-llama", method, ratio, "boom") for method, ratio in (("wanda", 0.5), ("tomoe", 0.5))]
+    others = [factory.failed("tiny-llama", method, 0.7, "boom") for method in ("tomoe", "slicegpt")]
+    made = [factory.record(), factory.record(method="sparsegpt", ratio=0.5)]
+    table = semi_structured_table(pool(read_all(factory.write(tmp_path, [*made, *lost, *others]))))
+    assert table is not None
+    found = [(str(row[3]), str(row[2])) for row in table.rows]
+    assert [method for method, _ in found] == ["dense", "sparsegpt", "tomoe", "wanda"]
+    assert found[2:] == [("tomoe", "- (failed)"), ("wanda", "- (failed)")]
+    assert any("tiny-llama tomoe at 50 %; tiny-llama wanda at 50 %, because of this: boom" in n for n in table.notes)
