@@ -112,8 +112,14 @@ def request(arguments: argparse.Namespace, argv: Sequence[str]) -> Request:
         offline=arguments.offline,
         force=arguments.force,
         only_evaluate=arguments.only_evaluate,
-        command=shlex.join(["python", "run_all.py", *argv]),
+        command=shlex.join(["python", "run_all.py", *argv, *_unnamed(arguments, argv, chosen)]),
     )
+
+
+def _unnamed(arguments: argparse.Namespace, argv: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """The methods, where nobody named them: their default and `all` may be others one day."""
+    named = any(word.partition("=")[0] == "--methods" for word in argv)
+    return [] if named and "all" not in arguments.methods else ["--methods", *chosen]
 
 
 def _require(arguments: argparse.Namespace, chosen: Sequence[str]) -> None:

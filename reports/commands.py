@@ -54,7 +54,7 @@ def of_cell(record: Record) -> Options:
     cell, options = record.cell, given(record)
     recover = str((cell.get("recover") or {}).get("kind", ""))
     model = _typed(cell["model"], options.get("--models", []))
-    return narrowed(options, model, cell["method"], str(cell["ratio"]), str(cell["seed"]), recover)
+    return narrowed(options, record.folder, model, cell["method"], str(cell["ratio"]), str(cell["seed"]), recover)
 
 
 def _typed(model: str, words: Sequence[str]) -> str:
@@ -66,19 +66,27 @@ def _typed(model: str, words: Sequence[str]) -> str:
 def asked(record: Record) -> Iterator[Options]:
     """What runs each of the compressed cells that the command of a record asked for."""
     options = given(record)
-    named = (options.get(name, []) for name in ("--models", "--methods", "--ratios"))
-    recover = ["", *options.get("--recover", [])]
-    for model, method, ratio, seed, kind in product(*named, options.get("--seeds") or ["0"], recover):
-        if method not in ("all", "dense"):
-            yield narrowed(options, model, method, ratio, seed, kind)
+    models, methods, ratios = (options.get(name, []) for name in ("--models", "--methods", "--ratios"))
+    seeds, recover = options.get("--seeds") or ["0"], ["", *options.get("--recover", [])]
+    for model, method, ratio, seed, kind in product(models, methods, ratios, seeds, recover):
+        if method not in ("all", "dense") and _is_share(ratio):
+            yield narrowed(options, record.folder, model, method, ratio, seed, kind)
 
 
-def narrowed(options: Options, model: str, method: str, ratio: str, seed: str, recover: str) -> Options:
-    """The options with one cell of theirs."""
+def _is_share(word: str) -> bool:
+    """Not so of what a damaged record may hold."""
+    try:
+        return 0 < float(word) <= 1
+    except ValueError:
+        return False
+
+
+def narrowed(options: Options, folder: Path, model: str, method: str, ratio: str, seed: str, recover: str) -> Options:
+    """The options with one cell of theirs, whose record is to lie in `folder`."""
     settings = [word for word in options.get("--set", []) if word.partition(".")[0] in (method, recover)]
     words = ([model], [method], [ratio], [seed], recover.split(), settings)
     cell = dict(zip(CELL, words, strict=True))
-    kept = {name: words for name, words in options.items() if name not in (*CELL, *ONCE)}
+    kept = {name: words for name, words in options.items() if name not in (*CELL, *ONCE)} | {"--out": [str(folder)]}
     return {name: words for name, words in cell.items() if words} | kept
 
 

@@ -45,6 +45,8 @@ class Record:
 
     path: Path
     """The file it was read from."""
+    folder: Path
+    """The folder of results that was asked for, and below which it lies."""
     status: str
     """`done`, `failed` or `skipped`."""
     cell: Mapping[str, Any]
@@ -104,14 +106,14 @@ def read_all(results: Path) -> Records:
     read, problems = [], []
     for path in sorted(results.rglob("record.json")):
         try:
-            read.append(_read(path))
+            read.append(_read(path, results))
         except ReportError as error:
             problems.append(f"{path.relative_to(results).as_posix()} {error}")
     kept, twins = _without_twins(read, results)
     return Records(kept, [*problems, *twins, *_damaged(kept, results), *_impossible(kept)])
 
 
-def _read(path: Path) -> Record:
+def _read(path: Path, folder: Path) -> Record:
     """The record at `path`.
 
     Raises:
@@ -121,7 +123,7 @@ def _read(path: Path) -> Record:
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair can be read, but never written
         _check_schema(content)
-        return _parse(path, content)
+        return _parse(path, folder, content)
     except ReportError:
         raise
     except (OSError, ValueError, OverflowError, RecursionError) as error:
@@ -153,10 +155,11 @@ def _check_schema(content: Any) -> None:
         )
 
 
-def _parse(path: Path, content: Mapping[str, Any]) -> Record:
+def _parse(path: Path, folder: Path, content: Mapping[str, Any]) -> Record:
     measured = check(content)
     return Record(
         path=path,
+        folder=folder,
         status=content["status"],
         cell=content["cell"],
         size=content["size"] if measured else {},
@@ -166,7 +169,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
         provenance=content.get("provenance") or {},
         notes=tuple(map(str, content.get("notes", []))) if measured else (),
         skipped=content.get("skipped", {}),
-        error=str(content.get("error") or _unmeasured(content)),
+        error="" if content["status"] == "done" else str(content.get("error") or _unmeasured(content)),
         beside=read_beside(path) if measured and content["cell"]["method"] != "dense" else Beside(),
     )
 
@@ -174,7 +177,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Record:
 def _unmeasured(content: Mapping[str, Any]) -> str:
     """Why a skipped cell is not done: its tasks, whose own reasons are the same for many cells."""
     if content["status"] != "skipped" or not content.get("skipped"):
-        return ""
+        return "no reason recorded"
     return f"nothing could be measured: {', '.join(content['skipped'])}"
 
 

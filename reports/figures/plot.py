@@ -89,11 +89,12 @@ def remedy(results: Sequence[Result], arguments: str) -> str:
     at = Counter(result.ratio for result in made).most_common(1)
     there = [of_cell(result.records[0]) for result in made if result.ratio == at[0][0]]
     first = {cell["--methods"][0]: cell for cell in reversed(there)}
-    asked = parsed(arguments.format(methods=shlex.join(sorted(first)), ratios=at[0][0] if at else ANY_RATIO))
+    needed = parsed(arguments.format(methods=shlex.join(sorted(first)), ratios=at[0][0] if at else ANY_RATIO))
+    asked = {name: words for name, words in needed.items() if words}
     settings = once(first[method].get("--set", []) for method in asked.get("--methods", []) if method in first)
-    protocol = without(there[0] if there else of_cell(results[0].records[0]), *CELL)
-    options = {"--models": [results[0].model], "--set": settings} | protocol | asked
-    return command({name: words for name, words in options.items() if words or name in protocol})
+    cell = there[0] if there else of_cell(results[0].records[0])
+    chosen = {"--models": cell["--models"]} | ({"--set": settings} if settings else {})
+    return command(chosen | without(cell, *CELL) | asked)
 
 
 def grouped(rows: Rows, *keys: str) -> dict[Any, list[Row]]:

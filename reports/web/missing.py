@@ -5,17 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from reports.figures import Gap
 from reports.tables import Table
+from reports.unfinished import UNASKED
 
 Missing = Mapping[str, Mapping[str, Sequence[str]]]
 """Per model and command, what is missing without it."""
 
 
-def unmeasured(unfinished: Table | None) -> Missing:
-    """The rows of the table of unfinished cells and tasks."""
-    rows = unfinished.rows if unfinished else ()
+def unmeasured(unfinished: Table | None, asked: bool) -> Missing:
+    """The rows of the table of unfinished cells and tasks that somebody asked for, or the others."""
+    rows = (list(map(str, row)) for row in (unfinished.rows if unfinished else ()))
     return _by_command(
         (model, command, f"{methods} at {ratios} %, seed {seeds}: {status}, {why}")
-        for model, methods, ratios, seeds, status, why, command in (map(str, row) for row in rows)
+        for model, methods, ratios, seeds, status, why, command in rows
+        if (status != UNASKED) == asked
     )
 
 

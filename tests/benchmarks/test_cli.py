@@ -1,7 +1,10 @@
 """The command line does not grow by accident."""
 
+import shlex
+
 import pytest
 
+import methods
 import run_all
 from benchmarks import cli
 
@@ -44,6 +47,18 @@ def test_lists(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert name in capsys.readouterr().out
 
 
-def test_the_command_is_recorded_as_it_can_be_typed() -> None:
-    line = ["--models", "llama2-7b", "--ratios", "0.5", "--out", "a b"]
-    assert cli.request(cli.parser().parse_args(line), line).command.endswith("--out 'a b'")
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ([], ["--methods", *cli.parser().get_default("methods")]),
+        (["--methods", "all"], ["--methods", *methods.names()]),
+        (["--methods", "slicegpt"], []),
+        (["--methods=slicegpt"], []),
+    ],
+)
+def test_the_command_is_recorded_as_it_can_be_typed_with_its_methods(typed: list[str], named: list[str]) -> None:
+    line = ["--models", "llama2-7b", "--ratios", "0.5", *typed, "--out", "a b"]
+    request = cli.request(cli.parser().parse_args(line), line)
+    assert shlex.split(request.command) == ["python", "run_all.py", *line, *named]
+    again = shlex.split(request.command)[2:]
+    assert cli.request(cli.parser().parse_args(again), again).methods == request.methods

@@ -219,7 +219,7 @@ def test_a_skipped_task_is_one_row_however_many_cells_lack_it(tmp_path: Path) ->
         "task skipped",
         "sciq@0shot: no data",
         "python run_all.py --models tiny-llama --methods dense --ratios 1.0 --seeds 0 1 --budget demo "
-        "--tasks sciq@0shot",
+        f"--out {tmp_path} --tasks sciq@0shot",
     ]
 
 
