@@ -7,19 +7,17 @@ from reports.comparison import (
     Measured,
     MetricName,
     identity,
-    in_vain,
     metric_names,
     plus_minus,
     pooled_cell,
-    remarks,
     tried,
-    versions,
 )
+from reports.footnotes import footnotes
 from reports.published import Line, average_of, beside, provenance
 from reports.records import Record
 from reports.results import Absent, Result, Results, by_model
 from reports.standings import Names, Standings, standings
-from reports.tables import LEGEND, Cell, Column, Table, legend
+from reports.tables import LEGEND, Cell, Column, Table
 
 QUANTITIES = ("acc_norm", "acc")
 """What a task is judged by: the first that it has."""
@@ -116,16 +114,7 @@ def _table(results: Results, names: Sequence[MetricName], file_name: str, title:
         caption=f"{CAPTION}{plus_minus(measured)}.",
         columns=(*IDENTITY, *task_columns(names)),
         rows=rows,
-        notes=(
-            *legend(rows),
-            *(difference for task in tasks for difference in task.differences()),
-            *standing.notes(),
-            *remarks(measured),
-            *in_vain(absent),
-            *provenance(published, metrics),
-            *versions(measured, names),
-            f"Documents: {'; '.join(f'{task.name} {task.count()}' for task in tasks)}.",
-        ),
+        notes=footnotes(rows, tasks, standing.notes(), absent, provenance(published, metrics)),
     )
 
 

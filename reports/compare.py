@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reports.accuracy import judged
-from reports.comparison import UNEVEN, MetricName, identity, pooled_cell
+from reports.comparison import UNEVEN, MetricName, identity, pooled_cell, uncounted
 from reports.formats import FORMATS
 from reports.perplexity import texts
 from reports.records import read_all
 from reports.results import Result, pool
 from reports.samples import UnpairedError, check_paired, samples
 from reports.settings import Settings, brief, differing
-from reports.significance import tested_cells
+from reports.significance import TESTED, tested_cells
 from reports.standings import compared, lower_is_better
 from reports.statistics import ALPHA, Estimate, holm
 from reports.tables import Cell, Column, Table, legend
@@ -37,12 +37,7 @@ COLUMNS = (
     Column("Measured", text=True),
     *map(Column, FOLDERS),
     Column("B against A"),
-    Column("from", "95 % interval"),
-    Column("to", "95 % interval"),
-    Column("Unit", text=True),
-    Column("p"),
-    Column("p (Holm)"),
-    Column("Verdict", text=True),
+    *TESTED,
 )
 CAPTION = (
     "Every model, method, ratio and settings that both folders have. The difference is B minus A in points (per cent "
@@ -100,6 +95,7 @@ def comparison_table(first: Sequence[Result], second: Sequence[Result], remarks:
             *remarks,
             _counted(pairs),
             *_unmatched(ours, theirs),
+            *uncounted(result for pair in pairs for result in pair.results),
             *legend(rows),
         ),
     )

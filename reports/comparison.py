@@ -1,11 +1,10 @@
 """Metric names, and cells that say when a number must not be compared with the rest of its column."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 from reports.results import Absent, Pooled, Result, by_model
 from reports.settings import Settings, differing
@@ -143,10 +142,15 @@ def remarks(results: Sequence[Result]) -> Iterator[str]:
     yield from basis(results)
     if incomplete := [result.title for result in results if not result.complete]:
         yield f"Incomplete, see the failed and skipped cells: {'; '.join(incomplete)}."
-    if unknown := [result.title for result in results if result.achieved is None]:
-        titles = "; ".join(unknown)
-        yield f"Counted share unknown, as the dense model's record is missing, whose blocks are the basis: {titles}."
+    yield from uncounted(results)
     yield from uneven(results)
+
+
+def uncounted(results: Iterable[Result]) -> Iterator[str]:
+    """Why some counted shares are not known."""
+    if titles := dict.fromkeys(result.title for result in results if result.achieved is None):
+        told = "; ".join(titles)
+        yield f"Counted share unknown, as the dense model's record is missing, whose blocks are the basis: {told}."
 
 
 def basis(results: Sequence[Result]) -> Iterator[str]:
@@ -177,36 +181,10 @@ def tried(group: Sequence[Result], absent: Iterable[Absent]) -> list[Result | Ab
     return sorted(every, key=lambda one: (not one.dense, -one.ratio, one.method))
 
 
-def in_vain(absent: Iterable[Absent]) -> Iterator[str]:
-    """A sentence per reason for which nothing was measured."""
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for one in absent:
-        reasons[one.status, one.why].append(one.title)
-    for (status, why), titles in reasons.items():
-        yield f"{status.capitalize()}: {'; '.join(titles)}, because of this: {why}"
-
-
 def plus_minus(results: Sequence[Result]) -> str:
     """What ± stands for in numbers of these results."""
     seeds = ", or the standard deviation over the seeds where a number says seeds"
     return "one standard error" + (seeds if any(len(result.records) > 1 for result in results) else "")
-
-
-def versions(results: Sequence[Result], names: Sequence[MetricName]) -> Iterator[str]:
-    """The programs that measured, and the versions of the tasks."""
-    origins = [record.provenance for result in results for record in result.records]
-    programs = _found((origin.get("versions") or {} for origin in origins), ("lm_eval", "transformers"))
-    wanted = {key for name in names for key in (f"{name.source}@{name.protocol}", f"ppl-{name.source}@{name.protocol}")}
-    tasks = _found((origin.get("task_versions") or {} for origin in origins), sorted(wanted))
-    if told := [*programs, *tasks]:
-        yield f"Versions: {', '.join(told)}."
-
-
-def _found(each: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> list[str]:
-    """`key value`, or `key value or other` where there are several."""
-    every = list(each)
-    values = ((key, sorted({str(versions[key]) for versions in every if key in versions})) for key in keys)
-    return [f"{key} {' or '.join(found)}" for key, found in values if found]
 
 
 IDENTITY = (Column("Model", text=True), Column("Asked, %"), Column("Counted, %"), Column("Method", text=True))

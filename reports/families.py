@@ -1,6 +1,7 @@
 """Families of methods set against ToMoE at their own sizes, as the paper's Table 2 and its Tables 4 to 6 do."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from reports.accuracy import contested, judged, marked, published_names, published_rows, task_columns
 from reports.comparison import (
@@ -9,17 +10,15 @@ from reports.comparison import (
     Measured,
     MetricName,
     identity,
-    in_vain,
     plus_minus,
-    remarks,
     tried,
-    versions,
 )
+from reports.footnotes import footnotes
 from reports.perplexity import texts
 from reports.published import Line, beside, provenance
 from reports.results import Absent, Result, Results, by_model
 from reports.standings import Standings, standings
-from reports.tables import Cell, Column, Table, legend, percent
+from reports.tables import Cell, Column, Table, percent
 
 RIVAL = "tomoe"
 SEMI_STRUCTURED = ("magnitude", "wanda", "sparsegpt", "pruner-zero")
@@ -49,9 +48,8 @@ def _table(results: Results, family: Sequence[str], name: str, title: str, capti
     shown = _shown(results, family)
     if not shown:
         return None
-    words, tasks, standing = texts(shown), judged(shown), family_standings(results, family)
-    measured = {group[0].model: (_measured(words, group), _measured(tasks, group)) for group in by_model(shown)}
-    metrics = [*map(str, words), *published_names(tasks)]
+    tasks, standing, measured = judged(shown), family_standings(results, family), mixed_measured(shown)
+    metrics = [*map(str, texts(shown)), *published_names(tasks)]
     published = beside(shown, metrics)
     tried_by_model = (_opponents(tried(group, results.absent), family) for group in by_model(results))
     every = [one for group in tried_by_model for one in group]
@@ -64,27 +62,14 @@ def _table(results: Results, family: Sequence[str], name: str, title: str, capti
         name=name,
         title=title,
         caption=f"{caption}{PERPLEXITY}{TASKS if tasks else ''}{SHARES}{plus_minus(shown)}.",
-        columns=(
-            *IDENTITY,
-            Column("Of all, %"),
-            *(Column(f"@{text.protocol}", text.source) for text in words),
-            *task_columns(tasks),
-        ),
+        columns=(*IDENTITY, Column("Of all, %"), *mixed_columns(shown)),
         rows=rows,
-        notes=(
-            *legend(rows),
-            *(
-                text
-                for kinds in measured.values()
-                for kind in kinds
-                for metric in kind
-                for text in metric.differences()
-            ),
-            *standing.notes(),
-            *remarks(shown),
-            *in_vain(one for one in every if isinstance(one, Absent)),
-            *provenance(published, metrics),
-            *versions(shown, (*words, *tasks)),
+        notes=footnotes(
+            rows,
+            [metric for kinds in measured.values() for metric in chain(*kinds)],
+            standing.notes(),
+            [one for one in every if isinstance(one, Absent)],
+            provenance(published, metrics),
         ),
     )
 
@@ -99,6 +84,18 @@ def mixed_standings(groups: Sequence[Sequence[Result]]) -> Standings:
     shown = [result for group in groups for result in group]
     columns = (*((str(name),) for name in texts(shown)), *contested(map(str, judged(shown))))
     return standings(tuple(map(tuple, groups)), columns)
+
+
+def mixed_columns(results: Sequence[Result]) -> tuple[Column, ...]:
+    """A column per text, then those of the tasks."""
+    return *(Column(f"@{text.protocol}", text.source) for text in texts(results)), *task_columns(judged(results))
+
+
+def mixed_measured(results: Sequence[Result]) -> dict[str, tuple[list[Measured], list[Measured]]]:
+    """By model its texts and its tasks, as only numbers of one model can be compared."""
+    names = texts(results), judged(results)
+    words, tasks = ({group[0].model: _measured(kind, group) for group in by_model(results)} for kind in names)
+    return {model: (words[model], tasks[model]) for model in words}
 
 
 def mixed_cells(

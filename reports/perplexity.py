@@ -8,19 +8,16 @@ from reports.comparison import (
     Measured,
     MetricName,
     achieved_remark,
-    in_vain,
     metric_names,
-    parse,
     plus_minus,
-    remarks,
     tried,
-    versions,
 )
+from reports.footnotes import footnotes
 from reports.published import Line, beside, provenance
 from reports.results import FINE_TUNED, Absent, Result, Results, by_model
 from reports.settings import Settings
 from reports.standings import Standings, standings
-from reports.tables import OFF_BUDGET, Cell, Column, Table, legend, percent
+from reports.tables import OFF_BUDGET, Cell, Column, Table, percent
 
 Slot = tuple[MetricName, float]
 """A column: a text and window, and a ratio."""
@@ -50,7 +47,6 @@ def perplexity_table(results: Results) -> Table | None:
         for group, metrics in zip(groups, compared, strict=True)
         for row in _rows(tried(group, absent), metrics, slots, standing, published)
     )
-    flat = [metric for metrics in compared for metric in metrics]
     return Table(
         name="perplexity",
         title="Perplexity",
@@ -61,15 +57,12 @@ def perplexity_table(results: Results) -> Table | None:
             *(Column(f"{percent(ratio):g} %", f"{name.source} @{name.protocol}") for name, ratio in slots),
         ),
         rows=rows,
-        notes=(
-            *legend(rows),
-            *(text for metric in flat for text in metric.differences()),
-            *standing.notes(),
-            *remarks(measured),
-            *in_vain(absent),
-            *provenance(published, [str(name) for name in names]),
-            *versions(measured, names),
-            _windows(flat),
+        notes=footnotes(
+            rows,
+            [metric for metrics in compared for metric in metrics],
+            standing.notes(),
+            absent,
+            provenance(published, [str(name) for name in names]),
         ),
     )
 
@@ -146,10 +139,3 @@ def _cell(metric: Measured, result: Result | Absent | None, standing: Standings)
     remarks = [remark for remark in (achieved_remark(result), cell.remark) if remark]
     marks = cell.marks + ("" if result.on_budget else OFF_BUDGET)
     return standing.cell(replace(cell, remark=", ".join(remarks), marks=marks), result, (metric.name,))
-
-
-def _windows(metrics: Sequence[Measured]) -> str:
-    """How many windows each model's perplexities rest on."""
-    counts = [(metric.results[0].model, parse(metric.name), metric.count()) for metric in metrics]
-    found = [f"{model} {name.source} @{name.protocol}: {count}" for model, name, count in counts if count]
-    return f"Windows of {'; '.join(found)}."

@@ -72,7 +72,7 @@ class Number:
     source: str
     """What it was transcribed from."""
     doubt: str
-    """Why it can hardly be right; empty for most."""
+    """Why it is to be read with care; empty for most."""
 
 
 @dataclass(frozen=True)

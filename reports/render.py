@@ -1,7 +1,7 @@
 """Makes the content of every file of the report: `report.md`, every table in every format, the figures in a folder of
 their own, and the web page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 
 from markupsafe import Markup
@@ -27,46 +27,27 @@ from reports.unfinished import unfinished_table
 from reports.variants import ablations_table, settings_table
 from reports.web import page
 
-BUILDERS = (
-    perplexity_table,
-    semi_structured_table,
-    constructions_table,
-    zero_shot_table,
-    few_shot_table,
-    settings_table,
-    ablations_table,
-    significance_table,
-    intervals_table,
-    size_table,
-    modules_table,
-    published_modules_table,
-    compression_table,
-    speed_table,
-    throughput_table,
-    latency_table,
-    work_table,
-)
-TABLES = (
-    "perplexity",
-    "semi-structured",
-    "constructions",
-    "zero-shot",
-    "few-shot",
-    "settings",
-    "ablations",
-    "significance",
-    "intervals",
-    "size",
-    "modules",
-    "modules-published",
-    "compression",
-    "speed",
-    "throughput",
-    "latency",
-    "work",
-    "cost",
-    "unfinished",
-)
+BUILDERS: dict[str, Callable[[Results], Table | None]] = {
+    "perplexity": perplexity_table,
+    "semi-structured": semi_structured_table,
+    "constructions": constructions_table,
+    "zero-shot": zero_shot_table,
+    "few-shot": few_shot_table,
+    "settings": settings_table,
+    "ablations": ablations_table,
+    "significance": significance_table,
+    "intervals": intervals_table,
+    "size": size_table,
+    "modules": modules_table,
+    "modules-published": published_modules_table,
+    "compression": compression_table,
+    "speed": speed_table,
+    "throughput": throughput_table,
+    "latency": latency_table,
+    "work": work_table,
+}
+"""By name, in the order of the report, what makes the tables that need nothing but results."""
+TABLES = (*BUILDERS, "cost", "unfinished")
 """The name of every table there can be."""
 
 
@@ -77,7 +58,7 @@ def build(records: Records, results: Results, usd_per_hour: float | None = None)
         results: the records, pooled; who asks for several things passes the same, and they are tested once.
         usd_per_hour: what the device costs; None: nothing is said of money.
     """
-    built = [builder(results) for builder in BUILDERS]
+    built = [builder(results) for builder in BUILDERS.values()]
     built += [cost_table(results, usd_per_hour)] if usd_per_hour else []
     return [table for table in (*built, unfinished_table(records)) if table]
 

@@ -161,11 +161,14 @@ def pool(records: Iterable[Record]) -> Results:
     dense = [record for record in kept if record.size and record.cell["method"] == "dense"]
     blocks = {record.cell["model"]: record.size["active_block"] for record in dense}
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in kept:
         groups[(*(record.cell[key] for key in ("model", "method", "ratio")), record.settings)].append(record)
+        alike[record.cell["model"], record.cell["method"], record.settings].append(record)
     variants = _variants(groups)
     results = [_result(key, group, variants, blocks) for key, group in groups.items() if any(r.size for r in group)]
-    absent = [_absent(key, group, variants) for key, group in groups.items() if not any(r.size for r in group)]
+    lost = {key: group for key, group in groups.items() if not any(r.size for r in group)}
+    absent = [_absent(key, group, variants, _tokens(alike[*key[:2], key[-1]])) for key, group in lost.items()]
     return Results(
         sorted(results, key=lambda result: (*_model_order(result), not result.dense, -result.ratio, result.method)),
         sorted(absent, key=lambda one: (one.model, -one.ratio, one.method)),
@@ -226,9 +229,12 @@ def _result(
     )
 
 
-def _absent(key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]]) -> Absent:
+def _absent(
+    key: tuple[Any, ...], group: list[Record], variants: Mapping[tuple[str, str], set[str]], tokens: Sequence[str]
+) -> Absent:
+    """Called as the same runs at other ratios are, which may have got as far as their `tokens`."""
     model, method, ratio, settings = key
-    title = _title(method, settings, variants[model, method], [])
+    title = _title(method, settings, variants[model, method], tokens)
     status, why = group[0].status, group[0].error
     told = {"model": model, "method": title, "name": method, "ratio": ratio, "dense": method == "dense"}
     return Absent(**told, settings=settings, status=status, why=why)

@@ -1,11 +1,13 @@
 """What a cell was run with, as pairs of texts: what tells runs apart, and how that is written."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Settings = tuple[tuple[str, str], ...]
 """Sorted `(dotted name, text)` pairs."""
+NONE = "none recorded"
+"""Said of a run whose record lacks every setting that tells others apart, as one from before there were such."""
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
@@ -36,6 +38,12 @@ def _own_names(preset: str, runs: Iterable[Settings]) -> bool:
     """Whether what `runs` have below `preset` goes by another name wherever it differs."""
     contents = {tuple(pair for pair in settings if pair[0].startswith(preset)) for settings in runs}
     return len(contents) == len({dict(content).get(f"{preset}name") for content in contents})
+
+
+def apart(runs: Sequence[Settings]) -> list[str]:
+    """For each of `runs` every setting in which they differ, whatever the others have: none is the usual one."""
+    names = differing(runs)
+    return [brief(settings, names) or NONE for settings in runs]
 
 
 def brief(settings: Settings, names: set[str]) -> str:

@@ -2,41 +2,42 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from reports.accuracy import few_shot, task_standings, zero_shot
 from reports.comparison import IDENTITY, MetricName, identity
 from reports.families import CONSTRUCTIONS, SEMI_STRUCTURED, family_standings
 from reports.perplexity import perplexity_standings
 from reports.results import Result
-from reports.standings import Standings, lower_is_better
+from reports.standings import Race, lower_is_better
 from reports.statistics import Estimate, wilson
 from reports.tables import HUGE, Cell, Column, Table, legend, percent
 from reports.variants import ablation_standings, settings_standings
 
 CAPTION = (
-    "Each method against the best of those it competes with in a column of the named table. The difference is that "
-    "method's number minus the best's, in points (per cent of right answers), or divided by it, for perplexity; with "
+    "Each method against the best of those it competes with in a column of the named table, in the rows below it; what "
+    "could not be tested is named below that table. The difference is the method's number minus the best's, in points "
+    "(per cent of right answers), or divided by it, for perplexity; with "
     "its 95 % interval, not corrected for the number of comparisons and computed in another way than p, so the two can "
     "disagree near 5 %. p is two-sided; p (Holm) is corrected over all tests of the named table and decides the "
     "verdict, at a level of 5 %."
 )
-COLUMNS = (
-    Column("Table", text=True),
-    Column("Model", text=True),
-    Column("Asked, %"),
-    Column("Measured", text=True),
-    Column("Best", text=True),
-    Column("Method", text=True),
-    Column("Difference"),
+TESTED = (
     Column("from", "95 % interval"),
     Column("to", "95 % interval"),
-    Column("Unit", text=True),
     Column("p"),
     Column("p (Holm)"),
     Column("Verdict", text=True),
 )
-UNTESTED = (None,) * 3
+"""Behind the difference, the columns of every test."""
+COLUMNS = (
+    Column("Table", text=True),
+    Column("Model", text=True),
+    Column("Measured", text=True),
+    Column("Method", text=True),
+    Column("Difference"),
+    *TESTED,
+)
+UNTESTED = (Cell(None),) * 5
 
 
 def significance_table(results: Sequence[Result]) -> Table | None:
@@ -50,44 +51,36 @@ def significance_table(results: Sequence[Result]) -> Table | None:
         "settings": settings_standings(results),
         "ablations": ablation_standings(results),
     }
-    rows = tuple(row for name, standing in tested.items() if _any(standing) for row in _rows(name, standing))
+    races = ((name, race) for name, standing in tested.items() for race in standing.races)
+    rows = tuple(row for name, race in races for row in _rows(name, race))
     if not rows:
         return None
     return Table(name="significance", title="Significance of differences", caption=CAPTION, columns=COLUMNS, rows=rows)
 
 
-def _any(standing: Standings) -> bool:
-    return any(rival.found for race in standing.races for rival in race.rivals)
-
-
-def _rows(table: str, standing: Standings) -> Iterator[tuple[Cell, ...]]:
-    """A row per method that was tested; what was not shares a row where the reason is the same."""
-    for race in standing.races:
-        best = race.best
-        measured = race.names[0] if len(race.names) == 1 else f"average of {len(race.names)} tasks"
-        head = (*map(Cell, (table, best.model, percent(best.ratio), measured, best.method)),)
-        for rival in race.rivals:
-            if rival.found:
-                cells = tested_cells(rival.found, rival.adjusted, lower_is_better(race.names))
-                yield *head, Cell(rival.result.method), *cells, Cell("tied" if rival.tied else "worse")
-        untested = sorted((rival for rival in race.rivals if not rival.found), key=lambda rival: rival.why)
-        for why, held in groupby(untested, key=lambda rival: rival.why):
-            methods = "; ".join(rival.result.method for rival in held)
-            yield *head, Cell(methods), *tested_cells(None, math.nan, False), Cell(f"not tested: {why}")
+def _rows(table: str, race: Race) -> Iterator[tuple[Cell, ...]]:
+    """The best, and below it each method that was tested against it; nothing where none was."""
+    best, tested = race.best, [rival for rival in race.rivals if rival.found]
+    measured = race.names[0] if len(race.names) == 1 else f"average of {len(race.names)} tasks"
+    head = (*map(Cell, (table, f"{best.model} at {percent(best.ratio):g} %", measured)),)
+    if tested:
+        yield *head, Cell(best.method, best=True), *UNTESTED, Cell("best")
+    for rival in tested:
+        cells = tested_cells(rival.found, rival.adjusted, lower_is_better(race.names))
+        yield *head, Cell(rival.result.method), *cells, Cell("tied" if rival.tied else "worse")
 
 
 def tested_cells(found: Estimate | None, adjusted: float, ratio: bool) -> tuple[Cell, ...]:
-    """A difference, the ends of its interval, its unit, p and the adjusted p; empty where nothing was tested.
+    """A difference, the ends of its interval, p and the adjusted p; empty where nothing was tested.
 
     Args:
         ratio: whether it is one of nats per token, shown as the ratio of the perplexities.
     """
     if found is None:
-        return *map(Cell, UNTESTED), Cell(""), Cell(None), Cell(None)
+        return UNTESTED
     ends = (found.value, found.low, found.high)
     return (
         *(_ratio(value) if ratio else _points(value) for value in ends),
-        Cell("ratio" if ratio else "points"),
         *(Cell(p, digits=probability(p)) for p in (found.p, adjusted)),
     )
 

@@ -7,7 +7,7 @@ the best on the documents that both saw, and the p-values of a table are correct
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 
@@ -17,7 +17,7 @@ from reports.comparison import Measured, parse
 from reports.results import Result
 from reports.samples import NO_SAMPLES, Samples, UnpairedError, check_paired, samples
 from reports.statistics import ALPHA, RESAMPLES, Estimate, Stratum, bootstrap, holm, mcnemar, newcombe
-from reports.tables import TIED, Cell
+from reports.tables import TIED, Cell, percent
 
 Names = tuple[str, ...]
 """What a column shows: one metric, or the average of several."""
@@ -109,13 +109,26 @@ def _untested(rivals: Sequence[Rival]) -> Iterator[str]:
     if {rival.why for rival in rivals} <= {NO_SAMPLES, BEST_HAS.format(NO_SAMPLES)}:
         yield "No method is called tied with the best: there are no scores per document to test it with."
         return
-    reasons: dict[str, list[Rival]] = defaultdict(list)
+    untested = [rival for rival in rivals if rival.found is None]
+    whole = _whole(rivals)
+    for why in dict.fromkeys(rival.why for rival in untested):
+        results = [rival.result for rival in untested if rival.why == why]
+        named = (next((every for every in _all(one) if whole[every] == {why}), one.title) for one in results)
+        yield f"Not tested, so not called tied: {'; '.join(dict.fromkeys(named))} ({why})."
+
+
+def _whole(rivals: Iterable[Rival]) -> Mapping[str, set[str]]:
+    """Why models, and those at one ratio, were not tested; nothing is the reason of what was."""
+    whys: dict[str, set[str]] = defaultdict(set)
     for rival in rivals:
-        if rival.found is None:
-            reasons[rival.why].append(rival)
-    for why, held in reasons.items():
-        titles = "; ".join(dict.fromkeys(rival.result.title for rival in held))
-        yield f"Not tested, so not called tied: {titles} ({why})."
+        for every in _all(rival.result):
+            whys[every].add(rival.why)
+    return whys
+
+
+def _all(result: Result) -> tuple[str, str]:
+    """How a sentence names all that compete on the result's model, and at its ratio."""
+    return f"all of {result.model}", f"all of {result.model} at {percent(result.ratio):g} %"
 
 
 def lower_is_better(names: Names) -> bool:

@@ -11,6 +11,9 @@ from reports.results import Result, by_model
 from reports.settings import brief, differing
 from reports.tables import percent
 
+COMMANDS = 3
+"""That a report lists."""
+
 
 def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
     """`(what, values)` over all measured cells, in the order of the report."""
@@ -31,7 +34,7 @@ def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         "Platform": (f"{origin.get('platform')}, Python {origin.get('python')}" for origin in origins),
         "Versions": (_versions(origin.get("versions") or {}) for origin in origins),
         "Started": _span(str(run.get("started")) for run in runs),
-        "Command": (str(run.get("command")) for run in runs),
+        "Command": _first(str(run.get("command")) for run in runs),
     }
     joined = ((what, "; ".join(dict.fromkeys(values))) for what, values in found.items())
     return [(what, values) for what, values in joined if values]
@@ -67,6 +70,13 @@ def _commit(origin: Mapping[str, Any]) -> str:
 
 def _versions(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def _first(commands: Iterable[str]) -> list[str]:
+    """A few of many commands, which are long, and where the others are."""
+    every = list(dict.fromkeys(commands))
+    more = len(every) - COMMANDS
+    return [*every[:COMMANDS], *([f"and {more} more, each in the records of its cells"] if more > 0 else [])]
 
 
 def _span(times: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ LEGEND = {
     TIED: "not significantly worse than the best of those it competes with (bold), see the table significance.",
     UNLIKE: "measured under other conditions than the rest of its column, so not to be compared with it:",
     CUT: "measured on prompts that were cut at their start to fit the model's limit of tokens, as counted below.",
-    DOUBTED: "published so, but it can hardly be right:",
+    DOUBTED: "published so, but to be read with care:",
 }
 
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from reports.comparison import IDENTITY, identity, plus_minus, pooled_cell, remarks
-from reports.results import Result
+from reports.footnotes import in_vain
+from reports.results import Result, Results
 from reports.speed import PHASES, RATE, batches, timed_on
 from reports.standings import fields
 from reports.tables import Cell, Column, Table, legend
@@ -17,12 +18,13 @@ BOLD = (
 )
 
 
-def throughput_table(results: Sequence[Result]) -> Table | None:
+def throughput_table(results: Results) -> Table | None:
     """Tokens per second by batch size; None where fewer than two sizes were timed."""
     slots = [(phase, batch) for phase in PHASES for batch in batches(results)]
     shown = [result for result in results if any(result.metric(_rate(*slot)) for slot in slots)]
     if not shown or len(batches(results)) < 2:
         return None
+    absent = [one for one in results.absent if any(one.model == result.model for result in shown)]
     first = {slot: _fastest(shown, _rate(*slot)) for slot in slots}
     rows = tuple((*identity(result), *(_cell(result, slot, first[slot]) for slot in slots)) for result in shown)
     return Table(
@@ -32,7 +34,7 @@ def throughput_table(results: Sequence[Result]) -> Table | None:
         f"generating (decode); ± is {plus_minus(shown)}.{BOLD if any(first.values()) else ''}",
         columns=(*IDENTITY, *(Column(f"batch {batch[1:]}", f"{phase.capitalize()}") for phase, batch in slots)),
         rows=rows,
-        notes=(*legend(rows), *remarks(shown)),
+        notes=(*legend(rows), *remarks(shown), *in_vain(absent)),
     )
 
 

@@ -8,12 +8,11 @@ from matplotlib.figure import Figure
 from reports.figures.legends import wrapped
 from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, column
-from reports.figures.select import ERRORS, TOMOE, busiest, identity, main, measured, quality, tomoe, usual, value
+from reports.figures.select import ERRORS, TOMOE, busiest, identity, measured, quality, tomoe, usual, value
 from reports.figures.style import COLUMN, share
 from reports.results import Result
-from reports.settings import brief, differing
+from reports.settings import apart
 
-MAIN_SETTINGS = "main settings"
 BAR, LINE = 0.16, 0.1
 """Inches that a bar takes, and a line of its label."""
 LETTERS = 60
@@ -29,30 +28,23 @@ def build(results: Sequence[Result]) -> Content | None:
         return None
     caption = (
         f"{name} of ToMoE's variants at {share(shown[0].ratio)} asked; {ERRORS}, which the labels count. They say in "
-        "what a variant differs from the main settings, those that were measured at most ratios. Left out is what was "
-        "measured under other conditions, in another ratio basis or another data type than most."
+        "what the variants differ. Left out is what was measured under other conditions, in another ratio basis or "
+        "another data type than most."
     )
-    return Content(caption=caption, rows=[_row(result, main(ran)[0], str(name)) for result in shown], draw=draw)
+    told = apart([result.settings for result in shown])
+    rows = [_row(result, variant, str(name)) for result, variant in zip(shown, told, strict=True)]
+    return Content(caption=caption, rows=rows, draw=draw)
 
 
-def _row(result: Result, reference: Result, name: str) -> Row:
+def _row(result: Result, variant: str, name: str) -> Row:
     found = result.metric(name)
     return {
         **identity(result),
-        "variant": changes(result, reference),
+        "variant": variant,
         "seeds": found.seeds if found else 0,
         "metric": name,
         **value(result, name, "quality"),
     }
-
-
-def changes(result: Result, reference: Result) -> str:
-    """The settings a variant has and `reference` does not; or, where it only lacks some, those."""
-    own, others = result.settings, reference.settings
-    names = differing([own, others])
-    added = brief(tuple(pair for pair in own if pair not in others), names)
-    lacking = brief(tuple(pair for pair in others if pair not in own), names)
-    return added or (f"without {lacking}" if lacking else MAIN_SETTINGS)
 
 
 def draw(looks: Looks, rows: Rows) -> Figure:

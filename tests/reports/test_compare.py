@@ -47,13 +47,22 @@ def test_lower_perplexity_is_better(tmp_path: Path, nats: float, verdict: str) -
     assert any(note.startswith("B is: ") and f"{1 + (verdict == 'tied')} {verdict}" in note for note in table.notes)
 
 
+@pytest.mark.parametrize(("dense", "told"), [([], True), ([factory.record()], False)])
+def test_an_unknown_counted_share_has_its_reason(tmp_path: Path, dense: list[dict[str, Any]], told: bool) -> None:
+    block = record(cell__ratio_basis="block")
+    table = compare(tmp_path, [block, *dense], [block])
+    assert told == (table.rows[0][2].value is None) and table.rows[0][3].value is None
+    notes = [note for note in table.notes if note.startswith("Counted share unknown")]
+    assert len(notes) == 1 and notes[0].endswith(": tiny-llama slicegpt at 60 %.")
+
+
 def test_more_right_answers_are_better_by_mcnemar_and_holm(tmp_path: Path) -> None:
     more = [max(value, float(index % 10 == 1)) for index, value in enumerate(RIGHT)]
     alone = int(sum(more) - sum(RIGHT))
     table = compare(tmp_path, [record()], [record(right=more)])
     (row,) = [row for row in table.rows if row[5].value == ACC]
-    assert row[12].value == pytest.approx(stats.binomtest(0, alone).pvalue)
-    assert row[13].value == pytest.approx(min(1, 2 * stats.binomtest(0, alone).pvalue))
+    assert row[11].value == pytest.approx(stats.binomtest(0, alone).pvalue)
+    assert row[12].value == pytest.approx(min(1, 2 * stats.binomtest(0, alone).pvalue))
     assert row[8].value == pytest.approx(100 * alone / len(RIGHT)) and row[-1].value == "tied"
     every = compare(tmp_path / "every", [record()], [record(right=[1.0] * 60)])
     assert verdicts(every)["slicegpt", ACC] == "better"

@@ -91,7 +91,8 @@ def test_being_fine_tuned_is_no_unequal_setting(results: list[Result], tmp_path:
 def test_the_report_says_what_was_done(results: list[Result]) -> None:
     report = files(Records(record for result in results for record in result.records))["report.md"]
     assert "lora on 307,200 tokens: rank 8, alpha 16.0, merge True" in report
-    assert 'only rows that say "+ fine-tuning"' in report and "nothing is fine-tuned" not in report
+    assert 'only rows that say "+ fine-tuning"\nwere trained further after compression.\n' in report
+    assert "nothing is fine-tuned" not in report
     without = files(Records(record for r in results if not r.fine_tuned for record in r.records))["report.md"]
     assert "nothing is fine-tuned afterwards" in without and "Fine-tuning" not in without
 
@@ -103,6 +104,15 @@ def test_its_time_has_a_column_of_its_own(results: list[Result]) -> None:
     assert [row[column].value for row in table.rows] == [9.5 if r.fine_tuned else None for r in results if not r.dense]
     alone = compression_table([result for result in results if not result.fine_tuned])
     assert alone and "Fine-tuning, s" not in map(str, alone.columns)
+
+
+def test_a_failed_one_has_no_row_of_its_own(tmp_path: Path) -> None:
+    failed = factory.failed("tiny-llama", "slicegpt", 0.6, "out of luck")
+    failed["cell"] |= {"recover": RECIPE, "id": "failed"}
+    found = [plain("slicegpt", 0.6), tuned("slicegpt", 0.8), failed]
+    table = perplexity_table(pool(read_all(factory.write(tmp_path, found))))
+    assert table and [row[1].value for row in table.rows] == ["slicegpt", "slicegpt + fine-tuning (307,200 tokens)"]
+    assert "failed" in [cell.remark for cell in table.rows[1]]
 
 
 def test_a_failed_one_is_told_from_its_plain_cell(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_doubts_are_marked_and_explained(tmp_path: Path) -> None:
     assert "arc_easy: acc_norm remarks" not in row
     dense = perplexity_table(results(tmp_path / "dense", llama("dense", 1.0)))
     assert dense and any("4096-token window" in note for note in dense.notes)
+    assert "¶ published so, but to be read with care:" in dense.notes
 
 
 @pytest.mark.parametrize(

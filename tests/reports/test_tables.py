@@ -388,6 +388,12 @@ def test_head_of_the_report_names_every_distinct_value(tmp_path: Path) -> None:
     assert found["Calibration"] == "wikileads, 16 windows of 256 tokens"
 
 
+@pytest.mark.parametrize(("count", "end"), [(3, "run 2"), (5, "run 2; and 2 more, each in the records of its cells")])
+def test_many_commands_are_counted(tmp_path: Path, count: int, end: str) -> None:
+    records = [factory.record(seed=seed, provenance__command=f"run {seed % count}") for seed in range(2 * count)]
+    assert dict(facts(results(tmp_path, *records)))["Command"] == f"run 0; run 1; {end}"
+
+
 def test_tasks_measured_at_another_commit_are_named_in_the_head(tmp_path: Path) -> None:
     run = {"git_commit": "77aa", "git_dirty": False, "started": "2026-11-23", "device": "cpu: 8 cores", "command": "c"}
     later = {"speed": run, "arc_easy@0shot": run}

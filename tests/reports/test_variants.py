@@ -8,7 +8,8 @@ import pytest
 
 from reports.modules import modules_table, published_modules_table
 from reports.records import read_all
-from reports.results import Result, pool
+from reports.results import Results, pool
+from reports.settings import NONE
 from reports.significance import significance_table
 from reports.tables import TIED, Table
 from reports.throughput import throughput_table
@@ -16,7 +17,7 @@ from reports.variants import ablations_table, settings_table
 from tests.reports import factory
 
 
-def results(tmp_path: Path, *records: dict[str, Any]) -> list[Result]:
+def results(tmp_path: Path, *records: dict[str, Any]) -> Results:
     for index, record in enumerate(records):
         record["cell"]["id"] = str(index)
     return pool(read_all(factory.write(tmp_path, list(records))))
@@ -31,10 +32,15 @@ def tomoe(**config: Any) -> dict[str, Any]:
     return factory.record(method="tomoe", ratio=0.6, cell__method_config=config)
 
 
-def test_ablations_say_what_differs_from_most(tmp_path: Path) -> None:
+def test_ablations_say_all_that_differs(tmp_path: Path) -> None:
     records = [tomoe(experts=8, tau=0.4), tomoe(experts=4, tau=0.4), tomoe(experts=8, tau=0.5), tomoe(experts=8)]
     table = ablations_table(results(tmp_path, *records, factory.record(method="sleb", ratio=0.6)))
-    assert sorted(column(table, "Settings")) == ["as most", "experts=4", "tau=0.5", "without method_config.tau"]
+    assert sorted(column(table, "Settings")) == [
+        "experts=4, tau=0.4",
+        "experts=8",
+        "experts=8, tau=0.4",
+        "experts=8, tau=0.5",
+    ]
     assert column(table, "Method") == ["tomoe"] * 4 and None not in column(table, "wikileads: @512")
 
 
@@ -42,11 +48,8 @@ def test_calibrations_are_settings_and_no_ablation(tmp_path: Path) -> None:
     other = {"cell__calibration": {"name": "alpaca", "samples": 16, "window": 256}}
     records = [factory.record(method="sleb", ratio=0.6, seed=seed) for seed in (0, 1)]
     found = results(tmp_path, *records, factory.record(method="sleb", ratio=0.6, **other))
-    assert sorted(column(settings_table(found), "Settings")) in (
-        ["as most", "calibration=alpaca"],
-        ["as most", "calibration=wikileads"],
-    )
-    assert ablations_table(found) is None and settings_table(found[:1]) is None
+    assert sorted(column(settings_table(found), "Settings")) == ["calibration=alpaca", "calibration=wikileads"]
+    assert ablations_table(found) is None and settings_table(Results(found[:1])) is None
 
 
 def test_variants_of_presets_that_share_a_name_say_what_else_differs(tmp_path: Path) -> None:
@@ -56,16 +59,20 @@ def test_variants_of_presets_that_share_a_name_say_what_else_differs(tmp_path: P
         for name, samples in texts
     ]
     assert sorted(column(settings_table(results(tmp_path, *records)), "Settings")) == [
-        "as most",
-        "calibration.samples=64",
-        "calibration=alpaca",
+        "calibration=alpaca, calibration.samples=16",
+        "calibration=wikileads, calibration.samples=16",
+        "calibration=wikileads, calibration.samples=64",
     ]
 
 
-def test_variants_say_what_they_have_and_what_they_lack(tmp_path: Path) -> None:
-    records = [tomoe(experts=8, tau=0.4, heads=1), tomoe(experts=8, tau=0.4, heads=2), tomoe(experts=4, heads=1)]
+def test_the_same_run_is_told_alike_at_every_ratio(tmp_path: Path) -> None:
+    """Also where as many runs are like it as are not; and what its record lacks is not called by an inner name."""
+    records = [factory.record(method="tomoe", ratio=ratio, cell__method_config={}) for ratio in (0.7, 0.5)]
+    wide = {"cell__method_config": {"expert_width": "expected"}}
+    records[1:1] = [factory.record(method="tomoe", ratio=ratio, **wide) for ratio in (0.5, 0.7)]
     table = ablations_table(results(tmp_path, *records))
-    assert sorted(column(table, "Settings")) == ["as most", "experts=4, without method_config.tau", "heads=2"]
+    told = set(zip(column(table, "Asked, %"), column(table, "Settings"), strict=True))
+    assert told == {(ratio, settings) for ratio in (70, 50) for settings in ("expert_width=expected", NONE)}
 
 
 def marks(table: Table | None, label: str) -> dict[tuple[object, ...], bool]:
@@ -84,7 +91,7 @@ def test_best_is_marked_among_the_runs_of_one_method(tmp_path: Path) -> None:
     found = results(tmp_path, *records, run("random", "a", 5.0, cell__dtype="bfloat16"))
     table = settings_table(found)
     best = [key for key, best in marks(table, "wikileads: @512").items() if best]
-    assert best == [("random", "as most"), ("sleb", "calibration=b")]
+    assert best == [("random", "calibration=a, dtype=float32"), ("sleb", "calibration=b")]
     assert table and table.notes[0].startswith("Bold: the best of the runs of a method")
 
 
@@ -98,7 +105,7 @@ def test_variants_of_tomoe_are_tested(tmp_path: Path) -> None:
     table = ablations_table(found)
     assert table
     cells = {row[4].value: row[5] for row in table.rows}
-    assert cells["experts=8"].best and cells["experts=4"].marks == TIED and not cells["as most"].marks
+    assert cells["experts=8"].best and cells["experts=4"].marks == TIED and not cells["experts=2"].marks
     tests = significance_table(found)
     assert tests and {row[0].value for row in tests.rows} >= {"ablations"}
 
