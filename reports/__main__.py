@@ -8,6 +8,7 @@ python -m reports compare results out/results       # what got better and what w
 """
 
 import argparse
+import io
 import math
 import shutil
 import sys
@@ -39,6 +40,8 @@ def price(text: str) -> float:
 
 def main() -> int:
     """The report or what else is asked; the exit status is 2 where it cannot be made."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # some terminals have no ±
     first, *others = sys.argv[1:] or [""]
     if first == "tokens":
         return coloured.main(others)
@@ -86,8 +89,7 @@ def show(records: Records, names: Sequence[str], usd_per_hour: float | None) -> 
         told = f"These records fill: {', '.join(tables)}." if tables else "There are no records."
         price = " The table cost needs --usd-per-hour." if "cost" in empty else ""
         raise ReportError(f"There is nothing to show for --show {' '.join(empty)}. {told}{price}")
-    text = "\n".join(terminal(tables[name], shutil.get_terminal_size().columns) for name in names)
-    print(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding), end="")  # some have no ±
+    print(*(terminal(tables[name], shutil.get_terminal_size().columns) for name in names), sep="\n", end="")
 
 
 if __name__ == "__main__":

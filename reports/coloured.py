@@ -4,6 +4,7 @@ python -m reports tokens results/tiny-llama/tomoe/0.5 --layers 0 4 9
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -78,18 +79,21 @@ def _style(expert: int) -> str:
     return f"{INKS[colour]} on {COLOURS[colour]}"
 
 
-def chosen(routes: Routes, layers: Sequence[int] | None) -> Sequence[int]:
+def chosen(record: Path, routes: Routes, layers: Sequence[int] | None) -> Sequence[int]:
     """The layers asked for, by default the first, the middle one and the last.
 
     Raises:
-        ReportError: one of them has no experts.
+        ReportError: one of them has no experts in what lies beside the record.
     """
     there = routes.layers
     if layers is None:
         return [there[0], there[len(there) // 2], there[-1]]
     if wrong := sorted({*layers} - {*there}):
         numbers = [", ".join(map(str, some)) for some in (wrong, there)]
-        raise ReportError(f"--layers {numbers[0]}: no such layer has experts. Those that have: {numbers[1]}.")
+        place = plain(str(record.parent))
+        raise ReportError(
+            f"--layers {numbers[0]}: no such layer has experts in {place}. Those that have: {numbers[1]}."
+        )
     return layers
 
 
@@ -109,9 +113,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _print(results: Path, layers: Sequence[int] | None, console: Console) -> None:
     if not results.exists():
-        raise ReportError(
-            f"There is no {results}. Give the folder a run wrote to, or make one: {MAKE_ONE.format(results)}"
-        )
+        raise ReportError(f"There is no {results}. Give the folder a run wrote to, or make one: {_make_one(results)}")
     records = [results] if results.is_file() else sorted(results.rglob("record.json"))
     read = [(record, *read_routes(record)) for record in records]
     for record, _, problem in read:
@@ -119,10 +121,16 @@ def _print(results: Path, layers: Sequence[int] | None, console: Console) -> Non
             print(f"{record.parent.as_posix()}/{problem}", file=sys.stderr)
     found = [(record, routes) for record, routes, _ in read if routes]
     if not found:
+        place = results if results.is_file() else f"a record below {results}"
         raise ReportError(
-            f"There is no routes.json that can be read beside a record below {results}: only models with experts have "
-            f"one. Make one: {MAKE_ONE.format(results)}"
+            f"There is no routes.json that can be read beside {place}: only models with experts have one. "
+            f"Make one: {_make_one(results)}"
         )
-    for record, routes in found:
+    for record, routes, numbers in [(record, routes, chosen(record, routes, layers)) for record, routes in found]:
         console.rule(Line(plain(str(record.parent))))
-        show(routes, chosen(routes, layers), console)
+        show(routes, numbers, console)
+
+
+def _make_one(results: Path) -> str:
+    folder = results.parent if results.name == "record.json" else results
+    return MAKE_ONE.format(shlex.quote(str(folder)))

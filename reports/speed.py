@@ -204,19 +204,23 @@ def _energy(results: Sequence[Result]) -> Iterator[str]:
         yield "Energy: not measured, as no counter could be read."
 
 
+def devices(result: Result, task: str = "") -> frozenset[str]:
+    """Those that compressed it, or those that measured one of its tasks."""
+    origins = [record.provenance for record in result.records]
+    return frozenset(str(((origin.get("tasks") or {}).get(task) or origin).get("device")) for origin in origins)
+
+
 def timed_on(result: Result) -> tuple[frozenset[str], float | None]:
     """The devices that timed it, and the number of processor threads."""
-    origins = [record.provenance for record in result.records]
-    devices = (str(((origin.get("tasks") or {}).get("speed") or origin).get("device")) for origin in origins)
     threads = result.metric("speed/threads")
-    return frozenset(devices), threads and threads.value
+    return devices(result, "speed"), threads and threads.value
 
 
 def _hardware(results: Sequence[Result]) -> Iterator[str]:
     found = [timed_on(result) for result in results]
-    devices = sorted({device for each, _ in found for device in each})
+    names = sorted({name for each, _ in found for name in each})
     counts = sorted({count for _, count in found if count})
     if counts:
         yield f"Timed with {' or '.join(f'{count:g}' for count in counts)} processor threads."
-    if len(devices) > 1:
-        yield f"Timed on different devices, so compare only 'vs dense' between rows: {'; '.join(devices)}."
+    if len(names) > 1:
+        yield f"Timed on different devices, so compare only 'vs dense' between rows: {'; '.join(names)}."

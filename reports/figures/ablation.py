@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from reports.figures.legends import wrapped
 from reports.figures.looks import Looks
 from reports.figures.plot import Content, Row, Rows, column
-from reports.figures.select import ERRORS, TOMOE, busiest, identity, measured, quality, tomoe, usual, value
+from reports.figures.select import ERRORS, TOMOE, TOO_FAR, busiest, identity, measured, quality, tomoe, usual, value
 from reports.figures.style import COLUMN, share
 from reports.results import Result
 from reports.settings import apart
@@ -29,7 +29,7 @@ def build(results: Sequence[Result]) -> Content | None:
     caption = (
         f"{name} of ToMoE's variants at {share(shown[0].ratio)} asked; {ERRORS}, which the labels count. They say in "
         "what the variants differ. Left out is what was measured under other conditions, in another ratio basis or "
-        "another data type than most."
+        f"another data type than most, and {TOO_FAR}."
     )
     told = apart([result.settings for result in shown])
     rows = [_row(result, variant, str(name)) for result, variant in zip(shown, told, strict=True)]

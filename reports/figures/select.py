@@ -1,7 +1,7 @@
 """Which results a figure shows: few enough to be told apart, by rules that its caption states."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from reports.accuracy import judged
@@ -12,9 +12,12 @@ from reports.perplexity import texts
 from reports.results import Result, having
 
 T = TypeVar("T")
+FAR = 1e30
+"""Beyond it nothing is drawn, nor below one over it: one such number takes the whole axis, or more than it can hold."""
+TOO_FAR = f"numbers beyond {FAR:.0e} or below {1 / FAR:.0e}".replace("+", "")
 MAIN = (
     "Of a method that ran with several settings, those measured at most ratios are shown. Left out are ratios of "
-    "another basis, or another data type, than most have."
+    f"another basis, or another data type, than most have, and {TOO_FAR}."
 )
 ALIKE = f"{MAIN} What was measured under other conditions than most (‡ in the tables) is left out."
 ERRORS = "error bars are one standard error, or the standard deviation over seeds where there are several"
@@ -33,22 +36,42 @@ def main(results: Sequence[Result]) -> list[Result]:
 
 
 def measured(results: Sequence[Result], name: str) -> list[Result]:
-    """Those that have a number that can be, and that can be compared with most others."""
+    """Those that have a number that can be drawn, and that can be compared with most others."""
     column = Measured(name, results)
-    return [
-        result for result in results if result.metric(name) and result.possible([name]) and not column.unlike(result)
-    ]
+    return [result for result in results if drawable(result, name) and not column.unlike(result)]
+
+
+def drawable(result: Result, name: str) -> bool:
+    """Whether there is a number that can be, and an axis that can hold it."""
+    found = result.metric(name)
+    return found is not None and result.possible([name]) and is_near(found.value) and (found.error or 0) <= FAR
+
+
+def is_near(number: float) -> bool:
+    """Whether an axis can hold the number."""
+    return number == 0 or 1 / FAR <= abs(number) <= FAR
 
 
 def usual(results: Sequence[Result]) -> list[Result]:
     """The dense ones, and the compressed ones of the ratio basis and the data type that most of these have."""
-    kinds = Counter(map(_kind, compressed(results))).most_common(1)
-    return [result for result in results if result.dense or _kind(result) == kinds[0][0]]
+    most = _most(map(_kind, compressed(results)))
+    return [result for result in results if result.dense or _kind(result) == most]
 
 
 def _kind(result: Result) -> tuple[str, str]:
     cell = result.records[0].cell
     return cell["ratio_basis"], str(cell["dtype"])
+
+
+def like_most(results: Sequence[Result], what: Callable[[Result], Hashable]) -> list[Result]:
+    """Those, dense ones too, of which `what` says the same as of most compressed ones."""
+    most = _most(map(what, compressed(results)))
+    return [result for result in results if what(result) == most]
+
+
+def _most(values: Iterable[Hashable]) -> Hashable:
+    """The value that is met most often; of equals the first."""
+    return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
 def tomoe(results: Sequence[Result]) -> list[Result]:

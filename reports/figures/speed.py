@@ -17,7 +17,9 @@ from reports.figures.select import (
     MAIN,
     busiest,
     compressed,
+    drawable,
     identity,
+    like_most,
     main,
     measured,
     quality,
@@ -26,7 +28,7 @@ from reports.figures.select import (
 )
 from reports.figures.style import curve, lowest, panels, share
 from reports.results import Result
-from reports.speed import PHASES, RATE, batches
+from reports.speed import PHASES, RATE, batches, timed_on
 from reports.standings import lower_is_better
 from reports.tables import percent
 
@@ -38,13 +40,14 @@ MARKER = 2
 
 def throughput(results: Sequence[Result]) -> Content | None:
     """Tokens per second by batch size; None where none was measured."""
-    timed = main(usual([result for result in results if _sweep(result)]))
+    timed = main(like_most(usual([result for result in results if _sweep(result)]), timed_on))
     shown = busiest(timed)
     if not shown:
         return None
     caption = (
         f"Tokens per second by batch size at {share(shown[0].ratio)} asked, while reading the prompt (prefill) and "
-        f"while generating (decode), median of the repeats; {ERRORS}; black is the dense model. {MAIN}"
+        f"while generating (decode), median of the repeats; {ERRORS}; black is the dense model. {MAIN} So "
+        "is what was timed on another device than most, or with another number of threads."
     )
     rows = [row for result in timed if result.dense or result in shown for row in _sweep(result)]
     return Content(caption=caption, rows=rows, draw=draw_throughput)
@@ -52,18 +55,13 @@ def throughput(results: Sequence[Result]) -> Content | None:
 
 def _sweep(result: Result) -> list[Row]:
     cells = ((phase, batch) for phase in PHASES for batch in batches([result]))
-    found = ((phase, batch, result.metric(f"speed/{RATE.format(phase)}@{batch}")) for phase, batch in cells)
-    return [
-        {
-            "phase": phase,
-            **identity(result),
-            "batch": int(batch[1:]),
-            "rate": rate.value,
-            "rate_error": rate.error,
-        }
+    found = ((phase, batch, f"speed/{RATE.format(phase)}@{batch}") for phase, batch in cells)
+    rows = [
+        {"phase": phase, **identity(result), "batch": int(batch[1:]), **value(result, rate, "rate")}
         for phase, batch, rate in found
-        if rate
+        if drawable(result, rate)
     ]
+    return [row for row in rows if row["rate"]]  # a logarithmic axis has no 0
 
 
 def draw_throughput(looks: Looks, rows: Rows) -> Figure:
@@ -86,7 +84,7 @@ def draw_throughput(looks: Looks, rows: Rows) -> Figure:
 def pareto(results: Sequence[Result]) -> Content | None:
     """Quality against speed relative to dense; None where no compressed model has both."""
     batch = _usual_batch(results)
-    timed = [result for result in results if result.dense or result.metric(SPEED.format(batch))]
+    timed = [result for result in results if result.dense or drawable(result, SPEED.format(batch))]
     name = quality(compressed(timed))
     shown = main(usual(measured(timed, name))) if name else []
     if not compressed(shown):

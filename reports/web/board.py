@@ -1,7 +1,7 @@
 """The leaderboard: the numbers and marks of the tables, a row per result and one per cell that measured nothing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reports.accuracy import few_shot, marked, task_columns, task_standings, zero_shot
 from reports.comparison import (
@@ -76,8 +76,8 @@ STATUS = Column("Status", text=True)
 
 def board(results: Sequence[Result], records: Sequence[Record]) -> Board:
     """The leaderboard of all records."""
-    numbers = [_perplexities(results), _tasks(results, zero_shot(results)), _tasks(results, few_shot(results))]
-    columns, cells = zip(*numbers, _speed(results), strict=True)
+    tasks = [_tasks(results, zero_shot(results), "Zero-shot"), _tasks(results, few_shot(results), "Few-shot")]
+    columns, cells = zip(_perplexities(results), *tasks, _speed(results), strict=True)
     flat = tuple(column for part in columns for column in part)
     rows = [_row(result, tuple(c for part in cells for c in part[i])) for i, result in enumerate(results)]
     empty = [_empty(record, len(flat)) for record in records if not record.size]
@@ -101,10 +101,11 @@ def _perplexities(results: Sequence[Result]) -> Part:
     return [Column(f"ppl @{name.protocol}", name.source) for name in names], [cells(result) for result in results]
 
 
-def _tasks(results: Sequence[Result], names: Sequence[MetricName]) -> Part:
+def _tasks(results: Sequence[Result], names: Sequence[MetricName], kind: str) -> Part:
     measured = [result for result in results if any(result.metric(str(name)) for name in names)]
     tasks, standing = [Measured(str(name), measured) for name in names], task_standings(results, names)
-    return task_columns(names), [tuple(marked(result, tasks, standing)) for result in results]
+    columns = [replace(column, group=column.group or kind) for column in task_columns(names)]  # one average per kind
+    return columns, [tuple(marked(result, tasks, standing)) for result in results]
 
 
 def _speed(results: Sequence[Result]) -> Part:

@@ -5,6 +5,7 @@ import doctest
 import io
 import itertools
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,34 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(f"code, layer {layer} " in out for layer in (0, 2, 5))
     assert coloured.main([str(tmp_path), "--layers", "2"]) == 0
     assert "layer 0" not in capsys.readouterr().out
+
+
+def test_layers_are_looked_for_everywhere_before_anything_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _folder(tmp_path / "a", routed.routes(layers=(1, 2)))
+    lacking = _folder(tmp_path / "b", routed.routes()).parent
     assert coloured.main([str(tmp_path), "--layers", "1", "2"]) == 2
-    assert capsys.readouterr().err == "--layers 1: no such layer has experts. Those that have: 0, 2, 5.\n"
+    out, err = capsys.readouterr()
+    told = f"--layers 1: no such layer has experts in {lacking}. Those that have: 0, 2, 5.\n"
+    assert (out, err) == ("", told)
+
+
+def test_what_an_encoding_lacks_is_replaced(tmp_path: Path) -> None:
+    record = _folder(tmp_path, routed.routes())
+    command = [sys.executable, "-m", "reports", "tokens", str(record), "--layers", "0"]
+    run = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert b" El?be?" in run.stdout
 
 
 def test_without_routes_the_command_says_what_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factory.write(tmp_path, [factory.record()])
     assert coloured.main([str(tmp_path)]) == 2
     assert "run_all.py --models tiny-llama --methods tomoe" in capsys.readouterr().err
+    (record,) = tmp_path.rglob("record.json")
+    assert coloured.main([str(record)]) == 2
+    err = capsys.readouterr().err
+    assert f"beside {record}: only" in err and err.endswith(f" --out {record.parent}\n")
 
 
 def test_a_damaged_file_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +140,8 @@ def test_a_damaged_file_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFix
 def test_no_such_folder_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert coloured.main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith(f"There is no {tmp_path / 'none'}. Give the folder")
+    assert coloured.main([str(tmp_path / "a b")]) == 2
+    assert capsys.readouterr().err.endswith(f" --out '{tmp_path / 'a b'}'\n")
 
 
 @given(st.text())

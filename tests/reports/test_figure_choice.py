@@ -57,6 +57,20 @@ def test_variants_measured_otherwise_than_most_are_not_compared(tmp_path: Path) 
     assert len(found) == 3 and not any("experts=3" in row["variant"] for row in found)
 
 
+@pytest.mark.parametrize("where", ["provenance", "tasks"])
+def test_what_another_device_timed_than_most_is_in_no_figure_of_seconds(tmp_path: Path, where: str) -> None:
+    like, other = [run(method, 0.6) for method in ("shortgpt", "slicegpt")], [run("sleb", 0.6), factory.record()]
+    for content in other:
+        elsewhere = {"device": "cuda: another"}
+        content["provenance"] |= elsewhere if where == "provenance" else {"tasks": {"speed": elsewhere}}
+    found = plots(tmp_path, *other, *like)
+    methods = {name: {row["method"] for row in found[name].rows} for name in ("throughput", "cost", "pareto")}
+    assert methods["throughput"] == {"shortgpt", "slicegpt"}
+    assert methods["cost"] == {"shortgpt", "slicegpt"} | ({"sleb"} if where == "tasks" else set())
+    assert methods["pareto"] == {"dense", "shortgpt", "slicegpt", "sleb"}  # ratios to dense on the same device
+    assert all("another device than most" in found[name].caption for name in ("throughput", "cost"))
+
+
 @pytest.mark.parametrize(("family", "lacks"), [("perplexity", PPL), ("pareto", "speed"), ("throughput", "speed")])
 def test_settings_are_chosen_among_those_that_have_the_metric(tmp_path: Path, family: str, lacks: str) -> None:
     many = [run("sleb", ratio, lacks=lacks, method_config={"drop": 1}) for ratio in (0.8, 0.7, 0.6)]

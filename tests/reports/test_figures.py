@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import shlex
 import struct
 from itertools import product
@@ -145,6 +146,31 @@ def test_numbers_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
     plots, _ = shown(tmp_path, [factory.record(), factory.record(method="shortgpt", ratio=0.8), bad])
     found = [row["ratio"] for row in plots["perplexity.tiny-llama"].rows if row["metric"] == "wikileads/token_ppl@512"]
     assert found == [1, 0.8]
+
+
+@pytest.mark.parametrize("absurd", [math.nan, math.inf, -3.0, 0.0, 1e308, 1e-300])
+def test_speeds_that_cannot_be_or_no_axis_can_hold_are_in_no_figure(tmp_path: Path, absurd: float) -> None:
+    bad = factory.record(method="sleb", ratio=0.8)
+    for name in (name for name in bad["metrics"] if name.startswith("speed/")):
+        bad["metrics"][name]["value"] = absurd
+    plots, _ = shown(tmp_path, [factory.record(), factory.record(method="shortgpt", ratio=0.8), bad])
+    for name in ("pareto", "throughput") if absurd else ("throughput",):  # 0 is a place on the axis of ratios
+        assert {row["method"] for row in plots[f"{name}.tiny-llama"].rows} == {"dense", "shortgpt"}
+
+
+def test_numbers_that_no_axis_can_hold_are_left_out_and_the_caption_says_so(tmp_path: Path) -> None:
+    far, wide, slow = (factory.record(method=method, ratio=0.8) for method in ("sleb", "slicegpt", "cmoe"))
+    for name, metric in far["metrics"].items():
+        metric["value"] = metric["value"] if "/acc" in name else 1e308
+    wide["metrics"]["wikileads/token_ppl@512"]["stderr"] = 1e308
+    slow["time"]["compress_s"] = 1e308
+    plots, _ = shown(tmp_path, [factory.record(), factory.record(method="shortgpt", ratio=0.8), far, wide, slow])
+    text = "wikileads/token_ppl@512"
+    for name in ("perplexity", "pareto", "cost"):
+        rows = [row for row in plots[f"{name}.tiny-llama"].rows if row["metric"] == text]
+        assert {row["method"] for row in rows} - {"dense"} == {"shortgpt"} | ({"cmoe"} if name != "cost" else set())
+        assert "numbers beyond 1e30" in plots[f"{name}.tiny-llama"].caption
+    assert drawn(list(plots.values()))
 
 
 @given(POINTS, st.booleans())

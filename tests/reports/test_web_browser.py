@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,9 +36,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         if json.loads(path.read_text())["cell"]["method"] == "tomoe":
             routed.write(path, routed.routes())
     made, records = folder / "index.html", read_all(folder)
-    drawn = {"figures/a.svg": FIGURE, "figures/a.png": FIGURE + " "}
+    drawn = {"figures/a.svg": FIGURE, "figures/wide.svg": FIGURE.replace("<svg", '<svg width="900" height="300"')}
     gaps = [Gap(f"Figure {EVIL}", "tiny-llama", EVIL, EVIL)]
-    made.write_text(page(records, pool(records), [plot("a")], drawn, gaps, unfinished_table(records)), encoding="utf-8")
+    made.write_text(
+        page(records, pool(records), [plot("a"), plot("wide")], drawn, gaps, unfinished_table(records)),
+        encoding="utf-8",
+    )
     return made.as_uri()
 
 
@@ -225,6 +229,12 @@ def test_a_phone_shows_numbers_beside_methods_with_model_and_ratios(phone: Any) 
     assert number.rect["x"] < 0 < method.rect["x"]
 
 
+def test_a_phone_shows_wide_figures_as_wide_as_they_are(phone: Any) -> None:
+    narrow, wide = (image.size["width"] for image in _find(phone, "figure img"))
+    assert narrow <= 360 and wide >= 900
+    assert phone.execute_script("return document.documentElement.scrollWidth") == 360
+
+
 def test_without_scripts_the_tables_and_texts_are_there(browser: Any, address: str) -> None:
     try:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
@@ -264,10 +274,41 @@ def test_long_names_stay_in_their_cells(chromium: Any, long_page: str) -> None:
     )
 
 
-@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="no pdftotext: apt-get install poppler-utils")
+NEEDS_PDFTOTEXT = pytest.mark.skipif(
+    shutil.which("pdftotext") is None, reason="no pdftotext: apt-get install poppler-utils"
+)
+
+
+def _printed(chromium: Any, address: str, *options: str) -> str:
+    """The text on its sheets of paper."""
+    chromium.get(address)
+    # A page that was never shown is sometimes printed as a blank sheet.
+    chromium.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    sheets = base64.b64decode(chromium.print_page())
+    command = ["pdftotext", *options, "-", "-"]
+    return subprocess.run(command, input=sheets, capture_output=True, check=True).stdout.decode()
+
+
+@NEEDS_PDFTOTEXT
 def test_every_printed_sheet_has_the_header_of_the_table(chromium: Any, long_page: str) -> None:
-    chromium.get(long_page)
-    printed = base64.b64decode(chromium.print_page())
-    text = subprocess.run(["pdftotext", "-layout", "-", "-"], input=printed, capture_output=True, check=True).stdout
-    sheets = [sheet for sheet in text.decode().split("\f") if "49.79" in sheet]
+    sheets = [sheet for sheet in _printed(chromium, long_page, "-layout").split("\f") if "49.79" in sheet]
     assert len(sheets) > 1 and all(" ppl" in sheet and "acc_norm" in sheet for sheet in sheets)
+
+
+@NEEDS_PDFTOTEXT
+def test_print_shows_what_is_folded(chromium: Any, address: str) -> None:
+    text = _printed(chromium, address)
+    folded = "details:not([open]) > :is(.note, .tokens, .command)"
+    closed = f"return [...document.querySelectorAll('{folded}')].map(place => place.textContent.slice(0, 9))"
+    hidden = chromium.execute_script(closed)
+    assert len(hidden) > 3 and all(start in text for start in hidden)
+
+
+@NEEDS_PDFTOTEXT
+@pytest.mark.parametrize("count", [8, 20, 50])
+def test_print_cuts_no_column_off(chromium: Any, tmp_path: Path, count: int) -> None:
+    dense, failed = factory.record(), factory.failed("tiny-llama", "sleb", 0.5, "Ω")  # one letter breaks nowhere
+    dense["metrics"] |= {f"a_task_{i}/acc@5shot": dense["metrics"]["arc_easy/acc@0shot"] for i in range(count)}
+    made, records = tmp_path / "index.html", read_all(factory.write(tmp_path, [dense, failed]))
+    made.write_text(page(records, pool(records), [], {}), encoding="utf-8")
+    assert "Ω" in _printed(chromium, made.as_uri())  # in the last column
