@@ -1,5 +1,7 @@
 """Tasks that cannot be measured are skipped with the reason, and run once they can be; nothing else is done twice."""
 
+import csv
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -87,9 +89,12 @@ def test_a_run_of_which_nothing_can_be_measured_is_skipped_reported_and_run_late
     ] * 2
     read = read_all(workplace / "out")
     assert [record.error for record in read] == [f"nothing could be measured: {SCIQ}"] * 2
-    rows = files(read)["unfinished.csv"].splitlines()[1:]
-    assert ["skipped,nothing could be measured: " in row for row in rows] == [True, True, False]
-    assert f'2 cells,,,task skipped,"{SCIQ}: ' in rows[2] and "not whole in the local cache" in rows[2]
+    rows = list(csv.DictReader(io.StringIO(str(files(read)["unfinished.csv"]))))
+    assert [row["Status"] for row in rows] == ["skipped"] * 2 + ["task skipped"] * 2
+    assert all(row["Why"].startswith("nothing could be measured: ") for row in rows[:2])
+    for row in rows[2:]:
+        assert row["Why"].startswith(f"{SCIQ}: ") and "not whole in the local cache" in row["Why"]
+        assert f" --out {workplace / 'out'} " in row["Command"]
     with monkeypatch.context() as patch:
         patch.setattr(cell, "run", forbidden)
         assert small_run.run(workplace, *asked) == 0 and records(workplace) == before
