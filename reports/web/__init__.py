@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reports.coloured import COLOURS, INKS, PART, visible
+from reports.comparison import basis
 from reports.figures import Gap, Plot
 from reports.records import MAKE_ONE, Records
 from reports.results import Results
@@ -61,6 +62,7 @@ def page(
         done=done,
         make_one="" if done else MAKE_ONE.format("results"),
         board=leaders,
+        shares=" ".join(basis(results)),
         details=details(row.records for row in leaders.rows),
         pictures=pictures(plots, files),
         unfinished=unfinished,

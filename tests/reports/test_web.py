@@ -208,3 +208,13 @@ def test_problems_stand_at_the_top(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text("{")
     tree = _tree(tmp_path, [factory.record()])
     assert [item.text_content().startswith("record.json is damaged") for item in tree.xpath("//header//li")] == [True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("total", "of all parameters"), ("block", "of the parameters of the blocks")]
+)
+def test_the_leaderboard_says_what_its_shares_are_of(tmp_path: Path, kind: str, said: str) -> None:
+    record = factory.record(method="sleb", ratio=0.6, cell__ratio_basis=kind)
+    contents = files(read_all(factory.write(tmp_path, [factory.record(), record])))
+    board = html.fromstring(str(contents["index.html"])).get_element_by_id("board")
+    assert f"Shares are {said}" in board.text_content()
