@@ -83,13 +83,11 @@ def _measured(record: Record) -> Iterable[str]:
 
 def _of_older_versions(records: Iterable[Record]) -> set[str]:
     """The ids of cells whose method has more settings by now."""
-    by_method = _alike(records, "method")
-    return {
-        record.cell["id"]
-        for group in by_method
-        for record in group
-        if record.cell["method_config"].keys() < {name for other in group for name in other.cell["method_config"]}
-    }
+    older: set[str] = set()
+    for group in _alike(records, "method"):
+        names = {name for record in group for name in record.cell["method_config"]}
+        older |= {record.cell["id"] for record in group if record.cell["method_config"].keys() < names}
+    return older
 
 
 def _tasks(found: Iterable[tuple[Record, str, str]], status: str) -> Iterator[tuple[Cell, ...]]:
@@ -110,13 +108,13 @@ def _missing(records: Sequence[Record]) -> Iterator[tuple[Cell, ...]]:
     matrices = _alike(records, "model", "budget", "dtype", "ratio_basis", "calibration")
     holes = {_key(cell): cell for matrix in matrices for cell in _holes(matrix)}
     lost = [cell for key, cell in wanted.items() if key not in known]
+    never = [cell for key, cell in holes.items() if key not in known and key not in wanted]
     for options in _without_dense(records):
         yield _row(options["--models"][0], options, "missing", REFERENCE)
     for options in folded(lost, "--ratios", "--seeds", "--methods"):
         yield _row(options["--models"][0], options, "missing", "asked for, but never started")
-    for key, options in holes.items():
-        if key not in {*known, *wanted}:
-            yield _row(options["--models"][0], options, UNASKED, OTHERS)
+    for options in never:
+        yield _row(options["--models"][0], options, UNASKED, OTHERS)
 
 
 def _key(cell: Options) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+GONE = ...
+"""What `spoilt` takes away."""
 DENSE = {"tiny-llama": 2_872_320, "smollm2-135m-q4": 134_515_008}
 PPL = {"tiny-llama": 18.3, "smollm2-135m-q4": 23.97}
 SPEED = {"tiny-llama": 5210.0, "smollm2-135m-q4": 301.7}
@@ -92,6 +94,18 @@ def training(steps: int = 400) -> str:
     """What `training.csv` holds."""
     rows = (f"{step},{step / 10},0.5,0.25,1" for step in range(steps))
     return "\n".join(["step,kd,r_p,r_u,r_l", *rows, ""])
+
+
+def spoilt(content: Any, place: Sequence[str | int], value: Any) -> Any:
+    """The content with something else in one place, or nothing where the value is `GONE`."""
+    content = part = copy.deepcopy(content)
+    for key in place[:-1]:
+        part = part[key]
+    if value is GONE:
+        del part[place[-1]]
+    else:
+        part[place[-1]] = value
+    return content
 
 
 def matrix() -> list[dict[str, Any]]:

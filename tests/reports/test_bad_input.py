@@ -20,8 +20,7 @@ from tests.reports import factory
 Place = tuple[str, ...]
 WORDS = ["x", "", "<b>|\\&_$", "\ud800"]
 NUMBERS = [True, -1, 0, 0.5, 1e308, 10**400, math.nan, math.inf, -math.inf]
-GONE = ...
-ODD = [GONE, None, [], {}, [1], {"a": 1}, *WORDS, *NUMBERS]
+ODD = [factory.GONE, None, [], {}, [1], {"a": 1}, *WORDS, *NUMBERS]
 
 
 def places(content: Any, at: Place = ()) -> Iterator[Place]:
@@ -38,18 +37,6 @@ GOOD = factory.record(
 PLACES = list(places(GOOD))
 
 
-def spoilt(place: Place, value: Any) -> dict[str, Any]:
-    content = copy.deepcopy(GOOD)
-    part = content
-    for key in place[:-1]:
-        part = part[key]
-    if value is GONE:
-        del part[place[-1]]
-    else:
-        part[place[-1]] = value
-    return content
-
-
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(PLACES), value=st.sampled_from(ODD))
 @example(place=("provenance", "recovery", "tokens"), value="x")
@@ -62,7 +49,7 @@ def test_any_value_anywhere_renders_or_is_told(
 ) -> None:
     folder = tmp_path_factory.mktemp("results")
     factory.write(folder, [factory.record(), copy.deepcopy(GOOD) | {"cell": GOOD["cell"] | {"id": "1", "seed": 1}}])
-    (folder / "record.json").write_text(json.dumps(spoilt(place, value)))
+    (folder / "record.json").write_text(json.dumps(factory.spoilt(GOOD, place, value)))
     found = read_all(folder)
     assert len(found) + len([p for p in found.problems if "left out" in p]) == 3
     texts = [text for text in files(found, 2.5).values() if isinstance(text, str)]

@@ -35,7 +35,7 @@ LAYER: Place = ("layers", 1)
 MIXTURE: Place = (*LAYER, "mixture")
 LOADS: Place = ("loads", "calibration", 1)
 TEXT: Place = ("texts", 0, "layers", 0)
-GONE = object()
+GONE = factory.GONE
 OF_STRUCTURE = ("widths", "unions", "expert-widths", "similarity", "loads")
 DRAWN = {"structure.json": OF_STRUCTURE, "training.csv": ("training",), "routes.json": ()}
 VALUES = st.recursive(
@@ -47,14 +47,7 @@ VALUES = st.recursive(
 
 def spoilt(content: Any, place: Place, value: Any) -> str:
     """The content as a file, with something else in one place, or nothing."""
-    content = part = copy.deepcopy(content)
-    for key in place[:-1]:
-        part = part[key]
-    if value is GONE:
-        del part[place[-1]]
-    else:
-        part[place[-1]] = value
-    return json.dumps(content)
+    return json.dumps(factory.spoilt(content, place, value))
 
 
 def places(content: Any, at: Place = ()) -> Iterator[Place]:
